@@ -115,6 +115,12 @@ class Batch:
     """N entries; their masks are [n, H, W] with the padded H and W."""
     image_ids: list[int]
     """N entries."""
+    sizes: list[tuple[int, int]] = field(default=None)  # type: ignore[assignment]
+    """N entries (height, width) before padding; the padded size when not given."""
+
+    def __post_init__(self) -> None:
+        if self.sizes is None:
+            self.sizes = [(self.images.shape[2], self.images.shape[3])] * len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -123,4 +129,5 @@ class Batch:
             self.valid.to(device, non_blocking=True),
             [t.to(device) for t in self.targets],
             self.image_ids,
+            self.sizes,
         )
