@@ -1,0 +1,91 @@
+"""Ray's start: a cluster inside this process that only listens on the loopback address, or the cluster asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+# Ray reads these when it is imported. Without the first, its servers listen on every interface of the machine.
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+import ray.data  # noqa: E402
+
+from boxinst.errors import InputError  # noqa: E402
+
+LOCAL_SLOTS = 4
+"""Least number of CPU slots of a local cluster. Slots only limit how many tasks run at once; with fewer, a training
+worker, its data tasks and the coordinator would wait for each other for ever on a small machine."""
+
+
+def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
+    """Connect to the cluster at ``RAY_ADDRESS`` or, where that is not set, start one in this process.
+
+    Does nothing when Ray is already running here.
+
+    Args:
+        cpus: CPU slots of a local cluster; the number of cores, and at least ``LOCAL_SLOTS``, when not given.
+        log_to_driver: whether what the workers print is shown here.
+
+    Raises:
+        InputError: no cluster answers at ``RAY_ADDRESS``.
+    """
+    if not ray.is_initialized():
+        # It warns that token authentication is on, which is how we want it.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            try:
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    "RAY_ADDRESS", address, "No Ray cluster answers there: start it, or unset the variable."
+                ) from error
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpus or max(LOCAL_SLOTS, len(os.sched_getaffinity(0))),
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=log_to_driver,
+            )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.print_on_execution_start = False
+
+
+def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
+    """Make sure that the cluster can run ``workers`` workers beside the tasks that feed them.
+
+    An actor pool that reserves every CPU waits for ever without an error, so one CPU must stay free.
+
+    Args:
+        workers: number of workers that run at the same time.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
+
+    Raises:
+        InputError: there are too few CPUs or GPUs.
+    """
+    if workers < 1:
+        raise InputError("--workers", workers, "Give 1 or more.")
+    have = ray.cluster_resources()
+    have_cpus, have_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    most = int((have_cpus - 1) // cpus) if cpus else workers
+    if gpus:
+        most = min(most, int(have_gpus // gpus))
+    if workers > most:
+        remedy = f"Give at most {most}, or add nodes." if most else "Add nodes to the cluster, or ask for less."
+        need = f"{workers} (each {cpus:g} CPU, {gpus:g} GPU, and 1 CPU for the data)"
+        raise InputError("--workers", f"{need}; the cluster has {have_cpus:g} CPU, {have_gpus:g} GPU", remedy)
+
+
+def stop() -> None:
+    """End the local cluster, or leave the one connected to."""
+    ray.shutdown()
