@@ -12,10 +12,10 @@ if not os.environ.get("RAY_ADDRESS"):
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
-import ray.data  # noqa: E402
+import ray
+import ray.data
 
-from boxinst.errors import InputError  # noqa: E402
+from boxinst.errors import InputError
 
 LOCAL_SLOTS = 4
 """Least number of CPU slots of a local cluster. Slots only limit how many tasks run at once; with fewer, a training

@@ -62,7 +62,7 @@ MASK_SCHEMA = pa.schema(
 
 REJECT_SCHEMA = pa.schema(
     [
-        ("kind", pa.string()),  # "image" or "box"
+        ("kind", pa.string()),  # "image", "box", or "mask" (the box is kept, its mask label is not)
         ("action", pa.string()),  # "rejected" or "clipped"
         ("image_id", pa.int64()),
         ("annotation_id", pa.int64()),  # null for an image
@@ -112,7 +112,7 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Hex digest of the content: files, categories and orientation, not of where they came from."""
-        content = [self.kind, self.schema_version, self.exif, [asdict(c) for c in self.categories]]
+        content: list[Any] = [self.kind, self.schema_version, self.exif, [asdict(c) for c in self.categories]]
         content.append([(f.sha256, f.rows) for f in self.files])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,0 +1,121 @@
+"""What the tests share: one Ray cluster, one S3 server, one small corpus, its shards and a tiny model."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pipelines.synthetic import SyntheticCorpus
+
+# Before any library reads them: small thread pools on small machines, no waiting for a credential service.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def s3_address() -> str:
+    """Address of the S3 server, in the environment before Ray starts so that its workers know it too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    os.environ |= {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "testing-key",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+    }
+    return address
+
+
+@pytest.fixture(scope="session")
+def _s3_server(s3_address: str) -> Iterator[None]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=int(s3_address.rsplit(":", 1)[1]), verbose=False)
+    server.start()
+    yield
+    server.stop()
+
+
+@pytest.fixture
+def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
+    """``s3://bucket`` of a fresh, empty bucket on an S3 server on this machine."""
+    import hashlib
+
+    import boto3
+
+    bucket = "t" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder for this test alone."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("BOXINST_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_address: str) -> Iterator[None]:
+    """Ray in this process, once for all tests."""
+    from pipelines import cluster
+
+    cluster.start(cpus=4, log_to_driver=False)
+    yield
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCorpus:
+    """12 training and 4 validation images of 96 pixels, with exact masks and boxes-only twins."""
+    from pipelines import synthetic
+
+    out = str(tmp_path_factory.mktemp("corpus"))
+    return synthetic.write(synthetic.SyntheticConfig(out=out, train=12, val=4, size=96, seed=7))
+
+
+@pytest.fixture(scope="session")
+def shards(corpus: SyntheticCorpus, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Shards of the corpus, by name: ``train`` and ``val`` with masks, ``train_boxes`` and ``val_boxes`` without."""
+    from pipelines.shards import ShardConfig, run
+
+    root = tmp_path_factory.mktemp("shards")
+    made = {}
+    for name in ("train", "train_boxes", "val", "val_boxes"):
+        made[name] = str(root / name)
+        run(ShardConfig(annotations=getattr(corpus, name), images=corpus.images, out=made[name]))
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a very small, untrained model for the classes of ``corpus``."""
+    import torch
+
+    import boxinst
+    from pipelines.synthetic import CLASSES
+
+    torch.manual_seed(0)
+    model = boxinst.CondInst(boxinst.ModelConfig(classes=CLASSES, backbone="resnet18", width=16, fpn_channels=16))
+    folder = str(tmp_path_factory.mktemp("model") / "tiny")
+    boxinst.save(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real data sets kept beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}")
+    return folder
