@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from boxinst.errors import InputError
+
 COMMANDS = {
     "shard": "COCO boxes + images → Parquet shards, every box accounted for",
     "train": "shards → a tracked and registered model, from boxes alone or with some masks",
@@ -65,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"boxinst: no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    from boxinst.errors import InputError  # imports torch, which --help need not wait for
-
     try:
         return importlib.import_module(f"jobs.{name}").main(rest)
     except InputError as error:

@@ -42,7 +42,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, command: str, epil
     Args:
         config_class: a dataclass; fields that are dataclasses become ``--field.option``.
         argv: the words after the command's name, among them perhaps ``--recipe NAME|FILE``.
-        command: the command's name, which is also the recipe's section.
+        command: the command's name; where it is one of SECTIONS, ``--recipe`` is understood too.
         epilog: added below the description in ``--help``, for example how to call it.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, command: str, epil
         SystemExit: ``--help`` (status 0), or an option that does not parse (status 2).
     """
     argv = list(argv)
-    recipe = _take_recipe(argv)
+    recipe = _take_recipe(argv) if command in SECTIONS else None
     section = {} if recipe is None else recipe_section(recipe, command)
     default = with_values(config_class, section, where=f"recipe {recipe}, {command}")
     return tyro.cli(
@@ -202,7 +202,8 @@ def _recipe_text(recipe: str) -> str:
 def _closest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}? " * bool(close) + f"There are: {', '.join(known)}."
+    guess = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{guess}There are: {', '.join(known)}."
 
 
 def _first_paragraph(config_class: type) -> str:

@@ -1,0 +1,88 @@
+"""``boxinst submit``: run any other command on a Ray cluster, follow its log, and end with its status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from boxinst.errors import InputError
+from jobs import cli, options
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+JUNK = [".git", ".venv", "boxinst-home", "__pycache__", "*.egg-info", ".*_cache"]  # beside .gitignore and .rayignore
+
+
+@dataclass
+class SubmitConfig:
+    """Run a boxinst command on a Ray cluster: boxinst submit --address http://HOST:8265 -- train --recipe nuclei ..."""
+
+    address: str
+    """The dashboard of the cluster's head node, http://HOST:8265."""
+    working_dir: str = "."
+    """Folder that is shipped to the cluster and that the command runs in. Data stays where it is: give the command
+    paths that every node can read, s3:// or a shared folder."""
+    env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
+    """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster's
+    dashboard shows them, so name keys only where the nodes have no credentials of their own."""
+    detach: bool = False
+    """Print the job's id and return, without following the log."""
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith(("http://", "https://")):
+            raise InputError("--address", self.address, "Give the dashboard's address, such as http://HOST:8265.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Submit the command after ``--``; returns its exit status."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    words = argv[split + 1 :]
+    config = options.parse(SubmitConfig, argv[:split], command="submit")
+    if not words or words[0] not in cli.COMMANDS or words[0] in ("submit", "demo"):
+        raise InputError("the command after --", shlex.join(words) or "missing", "Give one, such as -- train --help.")
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a client sends its token only when told to
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    environment = dict(e.split("=", 1) if "=" in e else (e, os.environ.get(e, "")) for e in config.env)
+    set_here = {name: value for name, value in environment.items() if value}
+    runtime_env = {"working_dir": config.working_dir, "excludes": JUNK, "env_vars": set_here}
+    try:
+        client = JobSubmissionClient(config.address)
+        job = client.submit_job(entrypoint=shlex.join(["python", "-m", "jobs.cli", *words]), runtime_env=runtime_env)
+    except ConnectionError as error:
+        remedy = "Start the cluster, or correct the address (a tunnel: ssh -L 8265:127.0.0.1:8265 HOST)."
+        raise InputError("--address", f"{config.address} does not answer", remedy) from error
+    except AuthenticationError as error:
+        remedy = "Set RAY_AUTH_TOKEN to the token of the cluster (on its head: ~/.ray/auth_token)."
+        raise InputError("--address", f"{config.address} refuses this client", remedy) from error
+    except ValueError as error:  # the folder is absent or larger than the cluster takes
+        raise InputError("--working-dir", f"{config.working_dir} ({error})", "Give a folder of code alone.") from error
+    print(f"Job {job} on {config.address}. Stop it: ray job stop {job} --address {config.address}", flush=True)
+    if config.detach:
+        return 0
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        print("No longer following; the job goes on.", file=sys.stderr)
+        return 130
+    info = client.get_job_info(job)
+    print(f"Job {job}: {info.status.value.lower()}")
+    return 0 if info.status == JobStatus.SUCCEEDED else info.driver_exit_code or 1
+
+
+async def _follow(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["submit", *sys.argv[1:]]))

@@ -1,0 +1,219 @@
+"""The console script and the options it derives: help, statuses, recipes under options, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import pytest
+
+from boxinst.errors import InputError
+from jobs import cli, options
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes."""
+    backbone: Literal["small", "large"] = "small"
+    """Size of the network."""
+    stretch: tuple[float, float] | None = None
+    """Percentiles."""
+
+    def __post_init__(self) -> None:
+        if self.backbone == "large" and not self.classes:
+            raise InputError("model.classes", self.classes, "A large model needs classes.")
+
+
+@dataclass
+class Train:
+    """Trains something small.
+
+    A second paragraph that help leaves out.
+    """
+
+    shards: str
+    """Where the shards are."""
+    model: Model = field(default_factory=Model)
+    steps: int = 100
+    """Number of steps."""
+    rate: float = 0.5
+    """Learning rate."""
+    detect: bool = True
+    """Whether to detect."""
+
+
+def parse(*words: str) -> Train:
+    return options.parse(Train, words, command="train")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Writes a recipe and returns its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_options_become_the_config() -> None:
+    words = "--shards s --steps 7 --rate 1e-3 --no-detect --model.stretch 1 99 --model.classes a b".split()
+    model = Model(classes=("a", "b"), stretch=(1.0, 99.0))
+    assert parse(*words) == Train("s", model, steps=7, rate=1e-3, detect=False)
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    assert parse("--shards", "s") == Train("s")
+
+
+def test_recipe_sets_defaults_and_options_override(recipe) -> None:
+    text = "train:\n  shards: s\n  steps: 7\n  rate: 1e-3\n  model: {backbone: large, classes: [a], stretch: [0.5, 99]}\n"
+    path = recipe(text + "evaluate: {}\n")
+    model = Model(("a",), "large", (0.5, 99.0))
+    assert parse("--recipe", path) == Train("s", model, steps=7, rate=1e-3)
+    assert parse(f"--recipe={path}", "--steps", "9", "--model.classes", "b") == Train(
+        "s", Model(("b",), "large", (0.5, 99.0)), steps=9, rate=1e-3
+    )
+
+
+def test_recipe_without_the_section_changes_nothing(recipe) -> None:
+    assert parse("--shards", "s", "--recipe", recipe("shard: {}\n")) == Train("s")
+    assert parse("--shards", "s", "--recipe", recipe("")) == Train("s")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {stepz: 7}", ["train", "'stepz'", "'steps'"]),
+        ("train: {model: {backbon: large}}", ["train.model", "'backbon'", "'backbone'"]),
+        ("trian: {steps: 7}", ["'trian'", "'train'"]),
+        ("train: {steps: many}", ["train.steps", "'many'", "int"]),
+        ("train: {steps: 1.5}", ["train.steps", "1.5", "int"]),
+        ("train: {steps: true}", ["train.steps", "True", "int"]),
+        ("train: {rate: fast}", ["train.rate", "'fast'", "float"]),
+        ("train: {detect: 1}", ["train.detect", "1", "bool"]),
+        ("train: {model: {classes: cell}}", ["train.model.classes", "'cell'", "tuple"]),
+        ("train: {model: {backbone: huge}}", ["train.model.backbone", "'huge'", "small", "large"]),
+        ("train: {model: {stretch: [1]}}", ["train.model.stretch", "[1]", "float"]),
+        ("train: {model: large}", ["train.model", "'large'", "name: value"]),
+        ("train: 7", ["train", "7", "name: value"]),
+        ("[1, 2]", ["list", "sections"]),
+        ("train: {steps: ", ["not YAML", "Correct"]),
+    ],
+)
+def test_wrong_recipe_is_named_with_file_key_value_and_remedy(text: str, words: list[str], recipe) -> None:
+    path = recipe(text)
+    with pytest.raises(InputError) as error:
+        parse("--shards", "s", "--recipe", path)
+    for word in [path, *words]:
+        assert word in str(error.value)
+
+
+def test_unknown_recipe_suggests_the_closest() -> None:
+    with pytest.raises(InputError, match="nuclie.*Did you mean 'nuclei'"):
+        parse("--recipe", "nuclie")
+    with pytest.raises(InputError, match="--recipe: without a name"):
+        parse("--recipe", "--shards")
+
+
+def test_validation_of_the_whole_names_item_value_and_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse("--shards", "s", "--model.backbone", "large")
+    assert exit.value.code == 2
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "model.classes: (). A large model needs classes." in shown
+
+
+def test_help_shows_docstrings_and_the_recipe_as_defaults(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse("--recipe", recipe("train: {steps: 77}"), "--help")
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for word in ("Trains something small", "Learning rate", "--model.backbone", "77", "--recipe", "nuclei"):
+        assert word in shown
+    assert "second paragraph" not in shown
+
+
+def test_unknown_option_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse("--shards", "s", "--stepz", "7")
+    assert exit.value.code == 2
+    assert "--stepz" in capsys.readouterr().err
+
+
+def test_help_is_fast_and_names_every_command() -> None:
+    code = "import sys; from jobs import cli; cli.main(['--help']); print(sorted(sys.modules))"
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - begin < 2
+    assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+    loaded = done.stdout.splitlines()[-1]
+    assert not any(f"'{heavy}'" in loaded for heavy in ("torch", "ray", "mlflow", "fiftyone", "numpy"))
+
+
+def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: boxinst" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean 'train'" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("boxinst 0.")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        (InputError("--shards", "nowhere", "Give a folder."), 2, "boxinst train: --shards: nowhere. Give a folder."),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_words_and_statuses(
+    raised: BaseException,
+    status: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(argv: list[str]) -> int:
+        raise raised
+
+    command = ModuleType("jobs.train")
+    command.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jobs.train", command)
+    assert cli.main(["train"]) == status
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert "Traceback" not in shown
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ModuleType("jobs.train")
+    command.main = lambda argv: 1 / 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jobs.train", command)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_runs_as_a_module_and_explains_itself(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"BOXINST_HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: boxinst {name}" in done.stdout
+    assert ("--recipe NAME|FILE" in done.stdout) == (name in options.SECTIONS or name == "demo")
+    assert not (tmp_path / "home").exists(), "--help must not leave anything behind"
