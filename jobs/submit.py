@@ -9,13 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from boxinst.errors import InputError
 from jobs import cli, options
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 JUNK = [".git", ".venv", "boxinst-home", "__pycache__", "*.egg-info", ".*_cache"]  # beside .gitignore and .rayignore
 
@@ -27,8 +23,7 @@ class SubmitConfig:
     address: str
     """The dashboard of the cluster's head node, http://HOST:8265."""
     working_dir: str = "."
-    """Folder that is shipped to the cluster and that the command runs in. Data stays where it is: give the command
-    paths that every node can read, s3:// or a shared folder."""
+    """Folder that is shipped and that the command runs in. Data is not: give paths that every node can read."""
     env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster's
     dashboard shows them, so name keys only where the nodes have no credentials of their own."""
@@ -52,36 +47,34 @@ def main(argv: Sequence[str]) -> int:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    environment = dict(e.split("=", 1) if "=" in e else (e, os.environ.get(e, "")) for e in config.env)
-    set_here = {name: value for name, value in environment.items() if value}
-    runtime_env = {"working_dir": config.working_dir, "excludes": JUNK, "env_vars": set_here}
+    env = dict(e.split("=", 1) if "=" in e else (e, os.environ[e]) for e in config.env if "=" in e or e in os.environ)
+    runtime_env = {"working_dir": config.working_dir, "excludes": JUNK, "env_vars": env}
     try:
         client = JobSubmissionClient(config.address)
         job = client.submit_job(entrypoint=shlex.join(["python", "-m", "jobs.cli", *words]), runtime_env=runtime_env)
-    except ConnectionError as error:
-        remedy = "Start the cluster, or correct the address (a tunnel: ssh -L 8265:127.0.0.1:8265 HOST)."
-        raise InputError("--address", f"{config.address} does not answer", remedy) from error
-    except AuthenticationError as error:
-        remedy = "Set RAY_AUTH_TOKEN to the token of the cluster (on its head: ~/.ray/auth_token)."
-        raise InputError("--address", f"{config.address} refuses this client", remedy) from error
+    except (ConnectionError, AuthenticationError) as error:
+        remedy = (
+            "Check that the cluster runs, its address, and its token (RAY_AUTH_TOKEN; its head's ~/.ray/auth_token)."
+        )
+        raise InputError("--address", f"{config.address}: {str(error).splitlines()[0]}", remedy) from error
     except ValueError as error:  # the folder is absent or larger than the cluster takes
         raise InputError("--working-dir", f"{config.working_dir} ({error})", "Give a folder of code alone.") from error
     print(f"Job {job} on {config.address}. Stop it: ray job stop {job} --address {config.address}", flush=True)
     if config.detach:
         return 0
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
     try:
-        asyncio.run(_follow(client, job))
+        asyncio.run(follow())
     except KeyboardInterrupt:
         print("No longer following; the job goes on.", file=sys.stderr)
         return 130
     info = client.get_job_info(job)
     print(f"Job {job}: {info.status.value.lower()}")
     return 0 if info.status == JobStatus.SUCCEEDED else info.driver_exit_code or 1
-
-
-async def _follow(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
 
 
 if __name__ == "__main__":
