@@ -1,0 +1,304 @@
+"""The network: ResNet-FPN, a shared mask branch, and two sources of parameters for the dynamic mask head.
+
+CondInst: arXiv 2003.05664. *detect* takes the parameters from FCOS locations, as published; *prompt* takes them
+from the features of a given box and so makes one mask for every box.
+
+Shape letters: N images, P instances or given boxes, C mask channels, K parameters of one instance, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import MultiScaleRoIAlign
+
+from boxinst import predict
+from boxinst.dynamic import HeadShape, aligned_upsample
+from boxinst.errors import InputError
+from boxinst.fcos import BACKBONES, DETECT_LEVELS, FPN, DenseHead, DenseOutputs, ResNet
+from boxinst.structures import Instances
+from boxinst.weights import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Two models with equal configs have the same parameters by name and shape."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes in label order. Left empty, training takes them from the corpus."""
+    backbone: str = "resnet50"
+    """resnet18, resnet34, resnet50 or resnet101. Smaller ones for laptops and simple objects."""
+    width: int = 64
+    """Channels of the backbone's stem. 64 is the published network; 32 halves every stage for small data on a CPU."""
+    backbone_weights: str = ""
+    """Where the backbone starts: empty for random weights with trainable normalisation; `imagenet`, or the name of a
+    torchvision weight such as `IMAGENET1K_V2`, or a file of them, for pretrained weights with frozen normalisation."""
+    fpn_channels: int = 256
+    """Channels of the feature pyramid and the heads on it."""
+    detect: bool = True
+    """Train and keep the FCOS head: detections with masks, no boxes needed."""
+    prompt: bool = True
+    """Train and keep the box-prompt head: one mask for every given box."""
+    dense_layers: int = 4
+    """Convolutions in each tower of the FCOS head."""
+    mask_stride: int = 8
+    """Pixels per cell of the mask features: 8 as published, 4 or 2 where objects are only some 20 pixels wide. Mask
+    logits, and so the losses, have half this stride."""
+    mask_branch_channels: int = 128
+    """Channels inside the mask branch."""
+    mask_branch_layers: int = 4
+    """Convolutions of the mask branch after the levels are added up."""
+    mask_channels: int = 16
+    """Channels of the mask features that the dynamic head reads."""
+    head_channels: int = 8
+    """Channels of the dynamic head."""
+    head_layers: int = 3
+    """Layers of the dynamic head."""
+    prompt_context: float = 1.2
+    """The prompt head looks at the given box grown by this factor."""
+    prompt_cells: int = 7
+    """Side of the grid that RoIAlign samples in that region."""
+    contrast_stretch: tuple[float, float] | None = None
+    """Percentiles (low, high) stretched to black and white, over the whole image, before anything else. Useful for dim
+    images such as fluorescence microscopy: (0.5, 99.8)."""
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB mean that the network's input is shifted by."""
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """RGB deviation that the network's input is divided by."""
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise InputError("model.backbone", self.backbone, f"Choose one of {', '.join(BACKBONES)}.")
+        if self.mask_stride not in (2, 4, 8):
+            raise InputError("model.mask_stride", self.mask_stride, "Choose 2, 4 or 8.")
+        if not (self.detect or self.prompt):
+            raise InputError("model.detect and model.prompt", "both False", "Switch at least one of them on.")
+        if self.backbone_weights and self.width != 64:
+            raise InputError(
+                "model.width", self.width, "Pretrained backbones have width 64: set it, or drop the weights."
+            )
+        for name in ("width", "fpn_channels", "mask_branch_channels", "mask_channels", "head_channels", "prompt_cells"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}", getattr(self, name), "Give a positive number.")
+        if self.head_layers < 2:
+            raise InputError("model.head_layers", self.head_layers, "Give at least 2.")
+        if self.prompt_context < 1:
+            raise InputError("model.prompt_context", self.prompt_context, "Give 1 (the box itself) or more.")
+        if self.contrast_stretch is not None:
+            low, high = self.contrast_stretch
+            if not 0 <= low < high <= 100:
+                raise InputError("model.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
+
+    @property
+    def head(self) -> HeadShape:
+        """Sizes of the dynamic head."""
+        return HeadShape(self.mask_channels, self.head_channels, self.head_layers)
+
+    @property
+    def mask_level(self) -> int:
+        """log2 of the mask stride."""
+        return int(math.log2(self.mask_stride))
+
+    @property
+    def loss_stride(self) -> int:
+        """Pixels per cell of the mask logits."""
+        return self.mask_stride // 2
+
+
+@dataclass
+class Outputs:
+    """What one forward pass says of a batch; masks are made from it by the dynamic head."""
+
+    mask_features: Tensor
+    """[N, C, h, w] at the mask stride."""
+    dense: DenseOutputs | None
+    """The FCOS head, when the model detects."""
+    prompt: Tensor | None
+    """[P, K] parameters, one row per given box in order, when the model takes prompts and boxes were given."""
+
+
+class MaskBranch(nn.Module):
+    """Adds up the pyramid's levels at the mask stride and turns them into the shared mask features."""
+
+    def __init__(
+        self, levels: tuple[int, ...], in_channels: int, channels: int, out_channels: int, layers: int
+    ) -> None:
+        super().__init__()
+
+        def block(inputs: int) -> nn.Sequential:
+            conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+        self.levels = levels
+        self.refine = nn.ModuleList(block(in_channels) for _ in levels)
+        self.tower = nn.Sequential(*(block(channels) for _ in range(layers)), nn.Conv2d(channels, out_channels, 1))
+
+    def forward(self, features: dict[int, Tensor]) -> Tensor:
+        """Pyramid features by level → [N, out_channels, h, w] at the finest of its levels."""
+        finest, *coarser = self.levels
+        x = self.refine[0](features[finest])
+        for level, refine in zip(coarser, list(self.refine)[1:], strict=True):
+            y = refine(features[level])
+            n, factor = len(y), 2 ** (level - finest)
+            x = x + aligned_upsample(y.flatten(0, 1), factor).unflatten(0, (n, -1))
+        return self.tower(x)
+
+
+class PromptHead(nn.Module):
+    """Reads the features around a given box and writes the parameters of its dynamic head."""
+
+    def __init__(self, channels: int, levels: tuple[int, ...], cells: int, context: float, head: HeadShape) -> None:
+        super().__init__()
+        self.levels, self.context = levels, context
+        self.pool = MultiScaleRoIAlign([str(k) for k in levels], cells, sampling_ratio=2)
+        self.convs = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+        self.hidden = nn.Linear(channels * cells**2, 256)
+        self.controller = nn.Linear(256, head.num_parameters)
+        # Start from one common head that already responds to the features (the bias), so that the product of
+        # three layers does not start at zero, where its gradient vanishes; the boxes then learn to differ.
+        nn.init.normal_(self.controller.weight, std=0.01)
+        with torch.no_grad():
+            start = torch.zeros(1, head.num_parameters)
+            for weight, _ in head.split(start):
+                nn.init.kaiming_normal_(weight[0])
+            self.controller.bias.copy_(start[0])
+
+    def forward(self, features: dict[int, Tensor], boxes: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Pyramid features, N lists of boxes [n, 4] in pixels, padded (height, width) → [P, K]."""
+        grown = []
+        for b in boxes:
+            centre, half = (b[:, :2] + b[:, 2:]) / 2, (b[:, 2:] - b[:, :2]).clamp(min=1.0) * (self.context / 2)
+            grown.append(torch.cat([centre - half, centre + half], 1).to(features[self.levels[0]].dtype))
+        levels = {str(k): features[k] for k in self.levels}
+        x = self.pool(levels, grown, [size] * len(boxes))
+        return self.controller(F.relu(self.hidden(self.convs(x).flatten(1))))
+
+
+class CondInst(nn.Module):
+    """Instance masks from shared mask features and per-instance parameters.
+
+    Args:
+        config: the network.
+        pretrained: fetch ``config.backbone_weights``; False where all weights are about to be loaded.
+    """
+
+    def __init__(self, config: ModelConfig, *, pretrained: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        levels = tuple(range(config.mask_level, 6))
+        head, channels = config.head, config.fpn_channels
+        self.backbone = ResNet(config.backbone, config.width, frozen_norm=bool(config.backbone_weights))
+        if config.backbone_weights and pretrained:
+            load_backbone(self.backbone, config.backbone, config.backbone_weights)
+        self.fpn = FPN(self.backbone.channels, channels, finest=levels[0], top=config.detect)
+        self.mask_branch = MaskBranch(
+            levels, channels, config.mask_branch_channels, config.mask_channels, config.mask_branch_layers
+        )
+        # A class list may still be empty while only prompts are used; the dense head then keeps one class.
+        classes = max(len(config.classes), 1)
+        self.dense_head = (
+            DenseHead(channels, classes, head.num_parameters, layers=config.dense_layers) if config.detect else None
+        )
+        self.prompt_head = (
+            PromptHead(channels, tuple(k for k in levels if k >= 2), config.prompt_cells, config.prompt_context, head)
+            if config.prompt
+            else None
+        )
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(1, 3, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """RGB 0..255 [N, 3, H, W] → network input; padding (beyond ``sizes``) is 0 after normalisation."""
+        x = (images.float() - self.pixel_mean) / self.pixel_std
+        for n, (height, width) in enumerate(sizes):
+            x[n, :, height:] = 0
+            x[n, :, :, width:] = 0
+        return x
+
+    def forward(
+        self, images: Tensor, boxes: list[Tensor] | None = None, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> Outputs:
+        """One pass over a batch.
+
+        Args:
+            images: [N, 3, H, W] RGB in 0..255, contrast already stretched; H and W multiples of 32.
+            boxes: N tensors [n, 4] xyxy pixels to make masks for, or None.
+            sizes: N (height, width) without padding; all of the image when None.
+        """
+        height, width = images.shape[-2:]
+        if height % 32 or width % 32:
+            raise InputError(
+                "images", f"{height}×{width}", "Pad height and width to multiples of 32 (transforms.collate)."
+            )
+        x = self.normalize(images, sizes or [(height, width)] * len(images))
+        features = self.fpn(self.backbone(x.contiguous(memory_format=torch.channels_last)))
+        return Outputs(
+            mask_features=self.mask_branch(features),
+            dense=None if self.dense_head is None else self.dense_head([features[k] for k in DETECT_LEVELS]),
+            prompt=(
+                None
+                if self.prompt_head is None or boxes is None
+                else self.prompt_head(features, boxes, (height, width))
+            ),
+        )
+
+    def segment(
+        self, images: list[Tensor], boxes: list[Tensor], labels: list[Tensor] | None = None, *, logits: bool = False
+    ) -> list[Instances]:
+        """One mask for every given box. See ``predict.segment``."""
+        return predict.segment(self, images, boxes, labels, logits=logits)
+
+    def detect(
+        self,
+        images: list[Tensor],
+        *,
+        score_threshold: float = 0.05,
+        max_detections: int = 100,
+        logits: bool = False,
+    ) -> list[Instances]:
+        """Detections with masks. See ``predict.detect``."""
+        return predict.detect(
+            self, images, score_threshold=score_threshold, max_detections=max_detections, logits=logits
+        )
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> CondInst:
+    """A model from the folder that ``boxinst.save`` wrote, ready to predict.
+
+    Raises:
+        InputError: not such a folder, written by a newer version, or weights that do not fit the config.
+    """
+    folder = Path(path)
+    remedy = "Give a folder that boxinst.save wrote (model.safetensors and config.json)."
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise InputError("model", str(folder), remedy)
+    try:
+        data = json.loads((folder / CONFIG_FILE).read_text())
+        version, fields = data["format"], dict(data["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(folder / CONFIG_FILE), f"unreadable ({error!r})", remedy) from error
+    if version > FORMAT_VERSION:
+        raise InputError(str(folder), f"model format {version}, this program reads up to {FORMAT_VERSION}", "Upgrade.")
+    for name, value in fields.items():  # JSON has no tuples
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        config = ModelConfig(**fields)
+    except TypeError as error:
+        raise InputError(str(folder / CONFIG_FILE), str(error), "Written by another version: upgrade.") from error
+    model = CondInst(config, pretrained=False)
+    load_strict(model, load_file(folder / WEIGHTS_FILE), str(folder))
+    return model.to(device).eval()

@@ -1,0 +1,328 @@
+"""The detector under the masks: ResNet, feature pyramid and the FCOS dense head, with target assignment and decoding.
+
+FCOS: arXiv 1904.01355 and its improved form, as CondInst and BoxInst use it. FPN: arXiv 1612.03144.
+
+Shape letters: N images, L locations of all levels together, n boxes of one image, C classes, K controller
+parameters, h and w cells of a level. Level l has a stride of 2^l pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.ops import FrozenBatchNorm2d, batched_nms
+
+BACKBONES: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+
+DETECT_LEVELS = (3, 4, 5, 6, 7)
+SIZES_OF_INTEREST = (64.0, 128.0, 256.0, 512.0, 1024.0)
+"""Per detection level: the largest side regressed there, and the unit of its relative coordinates (pixels)."""
+REGRESSION_RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, math.inf))
+CENTER_RADIUS = 1.5
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet as a pyramid of features, with a settable width.
+
+    Args:
+        name: a key of ``BACKBONES``.
+        width: channels of the stem; 64 is the published network.
+        frozen_norm: batch normalisation with fixed statistics and affine, for pretrained weights.
+    """
+
+    def __init__(self, name: str, width: int, *, frozen_norm: bool) -> None:
+        block, layers = BACKBONES[name]
+        norm: Callable[..., nn.Module] = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+        super().__init__(block, layers, norm_layer=norm)
+        del self.fc
+        if width != 64:  # torchvision fixes the stem at 64 channels, so a slimmer trunk is laid here
+            self.inplanes = width
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn1 = norm(width)  # type: ignore[assignment]
+            stages = [
+                self._make_layer(block, width * 2**k, count, stride=1 if k == 0 else 2)
+                for k, count in enumerate(layers)
+            ]
+            self.layer1, self.layer2, self.layer3, self.layer4 = stages
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.channels = {1: width, **{level: width * 2 ** (level - 2) * block.expansion for level in (2, 3, 4, 5)}}
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:  # type: ignore[override]
+        """[N, 3, H, W] → features by level: 1 (the stem, stride 2), 2, 3, 4, 5 (stride 32)."""
+        stem = self.relu(self.bn1(self.conv1(x)))
+        c2 = self.layer1(self.maxpool(stem))
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        return {1: stem, 2: c2, 3: c3, 4: c4, 5: self.layer4(c4)}
+
+
+class FPN(nn.Module):
+    """Feature pyramid from ``finest`` to level 5, and P6, P7 by strided convolutions where detection wants them."""
+
+    def __init__(self, in_channels: dict[int, int], channels: int, *, finest: int, top: bool) -> None:
+        super().__init__()
+        self.levels = tuple(range(finest, 6))
+        self.lateral = nn.ModuleDict({str(k): nn.Conv2d(in_channels[k], channels, 1) for k in self.levels})
+        self.output = nn.ModuleDict({str(k): nn.Conv2d(channels, channels, 3, padding=1) for k in self.levels})
+        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if top else None
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if top else None
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Backbone features by level → pyramid features [N, channels, h, w] by level."""
+        out: dict[int, Tensor] = {}
+        coarser: Tensor | None = None
+        for level in reversed(self.levels):
+            x = self.lateral[str(level)](features[level])
+            if coarser is not None:
+                x = x + F.interpolate(coarser, scale_factor=2, mode="nearest")
+            out[level] = self.output[str(level)](x)
+            coarser = x
+        if self.p6 is not None and self.p7 is not None:
+            out[6] = self.p6(out[5])
+            out[7] = self.p7(F.relu(out[6]))
+        return out
+
+
+@dataclass
+class DenseOutputs:
+    """What the dense head says at every location; L runs over the levels in ``DETECT_LEVELS``, rows, columns."""
+
+    class_logits: Tensor
+    """[N, L, C]."""
+    distances: Tensor
+    """[N, L, 4] left, top, right, bottom in units of the level's stride, ≥ 0."""
+    centerness: Tensor
+    """[N, L] logits."""
+    controllers: Tensor
+    """[N, L, K] parameters of the dynamic head."""
+    grids: list[tuple[int, int]]
+    """(h, w) of each level."""
+
+
+class DenseHead(nn.Module):
+    """FCOS head: two towers of convolutions with GroupNorm, shared by the levels; centre-ness and the controller
+    read the box tower."""
+
+    def __init__(self, channels: int, num_classes: int, num_parameters: int, *, layers: int) -> None:
+        super().__init__()
+
+        def tower() -> nn.Sequential:
+            parts: list[nn.Module] = []
+            for _ in range(layers):
+                parts += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(math.gcd(32, channels), channels)]
+                parts += [nn.ReLU(inplace=True)]
+            return nn.Sequential(*parts)
+
+        self.class_tower, self.box_tower = tower(), tower()
+        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.controller = nn.Conv2d(channels, num_parameters, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(DETECT_LEVELS)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        # Focal loss starts from a foreground probability of 0.01 (arXiv 1708.02002, section 4.1).
+        nn.init.constant_(self.class_logits.bias, -math.log(99.0))  # type: ignore[arg-type]
+
+    def forward(self, features: list[Tensor]) -> DenseOutputs:
+        """Pyramid features of ``DETECT_LEVELS`` → the outputs at every location."""
+
+        def flat(x: Tensor) -> Tensor:
+            return x.flatten(2).transpose(1, 2)
+
+        classes, distances, centerness, controllers = [], [], [], []
+        for k, x in enumerate(features):
+            box = self.box_tower(x)
+            classes.append(flat(self.class_logits(self.class_tower(x))))
+            distances.append(flat(F.relu(self.distances(box) * self.scales[k])))
+            centerness.append(flat(self.centerness(box)).squeeze(2))
+            controllers.append(flat(self.controller(box)))
+        return DenseOutputs(
+            torch.cat(classes, 1),
+            torch.cat(distances, 1),
+            torch.cat(centerness, 1),
+            torch.cat(controllers, 1),
+            [(x.shape[2], x.shape[3]) for x in features],
+        )
+
+
+@dataclass
+class Locations:
+    """The places where the dense head predicts."""
+
+    points: Tensor
+    """[L, 2] (x, y) pixels."""
+    strides: Tensor
+    """[L] pixels."""
+    levels: Tensor
+    """[L] int64, index into ``DETECT_LEVELS``."""
+
+
+def locations(grids: list[tuple[int, int]], device: torch.device) -> Locations:
+    """Centres of the cells of each detection level, (column · s + ⌊s/2⌋, row · s + ⌊s/2⌋)."""
+    points, strides, levels = [], [], []
+    for k, (level, (h, w)) in enumerate(zip(DETECT_LEVELS, grids, strict=True)):
+        s = 2**level
+        y = torch.arange(h, device=device, dtype=torch.float32) * s + s // 2
+        x = torch.arange(w, device=device, dtype=torch.float32) * s + s // 2
+        points.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], 1))
+        strides.append(torch.full((h * w,), float(s), device=device))
+        levels.append(torch.full((h * w,), k, device=device))
+    return Locations(torch.cat(points), torch.cat(strides), torch.cat(levels))
+
+
+@dataclass
+class Assignment:
+    """Targets of the dense head for one image."""
+
+    instance: Tensor
+    """[L] int64: the box each location predicts, −1 for background."""
+    distances: Tensor
+    """[L, 4] left, top, right, bottom in units of the stride; meaningless on background."""
+    centerness: Tensor
+    """[L] in 0..1, 0 on background."""
+
+
+def assign(places: Locations, boxes: Tensor) -> Assignment:
+    """Which location predicts which box (FCOS section 3.1 with centre sampling).
+
+    A location is positive for a box when it lies strictly inside the box and inside a square of ``CENTER_RADIUS``
+    strides around its centre, and when the largest of its four distances falls in the level's range (both ends
+    included). Where several boxes qualify, the smallest wins.
+
+    Args:
+        places: L locations.
+        boxes: [n, 4] xyxy pixels.
+    """
+    count = len(places.points)
+    if not len(boxes):
+        return Assignment(
+            torch.full((count,), -1, device=boxes.device, dtype=torch.int64),
+            boxes.new_zeros((count, 4)),
+            boxes.new_zeros(count),
+        )
+    x, y = places.points[:, 0, None], places.points[:, 1, None]  # [L, 1]
+    x0, y0, x1, y1 = boxes.unbind(1)  # [n]
+    distances = torch.stack([x - x0, y - y0, x1 - x, y1 - y], 2)  # [L, n, 4]
+    reach = CENTER_RADIUS * places.strides[:, None]
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    inside = distances.amin(2) > 0
+    inside &= (x - torch.maximum(cx - reach, x0)).minimum(torch.minimum(cx + reach, x1) - x) > 0
+    inside &= (y - torch.maximum(cy - reach, y0)).minimum(torch.minimum(cy + reach, y1) - y) > 0
+    ranges = torch.tensor(REGRESSION_RANGES, device=boxes.device)[places.levels]  # [L, 2]
+    largest = distances.amax(2)
+    inside &= (largest >= ranges[:, :1]) & (largest <= ranges[:, 1:])
+    area = torch.where(inside, (x1 - x0) * (y1 - y0), math.inf)  # [L, n]
+    smallest, instance = area.min(1)
+    positive = smallest < math.inf
+    own = distances[torch.arange(count, device=boxes.device), instance]  # [L, 4]
+    horizontal, vertical = own[:, 0::2].clamp(min=0), own[:, 1::2].clamp(min=0)
+    centerness = torch.sqrt(
+        horizontal.amin(1) / horizontal.amax(1).clamp(min=1e-9) * vertical.amin(1) / vertical.amax(1).clamp(min=1e-9)
+    )
+    return Assignment(
+        torch.where(positive, instance, -1),
+        own / places.strides[:, None],
+        torch.where(positive, centerness, 0.0),
+    )
+
+
+def sample_positives(instance: Tensor, scores: Tensor, limit: int) -> Tensor:
+    """At most ``limit`` positive locations of one image, shared evenly among its boxes, best scores first.
+
+    Args:
+        instance: [L] the box of each location, −1 for background.
+        scores: [L] class × centre-ness.
+        limit: how many in all; each box gets at least one.
+
+    Returns:
+        Indices of the locations, int64.
+    """
+    positive = (instance >= 0).nonzero().squeeze(1)
+    if len(positive) <= limit:
+        return positive
+    owner = instance[positive]
+    order = scores[positive].argsort(descending=True, stable=True)
+    order = order[owner[order].argsort(stable=True)]  # by box, within a box by score
+    grouped = owner[order]
+    _, counts = grouped.unique_consecutive(return_counts=True)
+    rank = torch.arange(len(grouped), device=grouped.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    share = max(limit // len(counts), 1)
+    return positive[order[rank < share]]
+
+
+def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:
+    """[L, 2] points and [L, 4] distances in pixels → [L, 4] xyxy."""
+    return torch.cat([points - distances[:, :2], points + distances[:, 2:]], 1)
+
+
+@dataclass
+class Detections:
+    """Decoded detections of one image before their masks."""
+
+    boxes: Tensor
+    """[m, 4] xyxy pixels."""
+    scores: Tensor
+    """[m]."""
+    labels: Tensor
+    """[m] int64."""
+    location: Tensor
+    """[m] int64 index into the locations."""
+
+
+def decode(
+    outputs: DenseOutputs,
+    image: int,
+    size: tuple[int, int],
+    *,
+    score_threshold: float = 0.05,
+    before_nms: int = 1000,
+    nms_threshold: float = 0.6,
+    max_detections: int = 100,
+) -> Detections:
+    """Dense outputs of one image → its detections, best first.
+
+    The score is √(class × centre-ness); candidates are those whose class × centre-ness is above
+    ``score_threshold``, the best ``before_nms`` of each level.
+
+    Args:
+        outputs: dense outputs of a batch.
+        image: which image of the batch.
+        size: its (height, width) without padding; boxes are clipped to it.
+    """
+    places = locations(outputs.grids, outputs.class_logits.device)
+    centerness = outputs.centerness[image].float().sigmoid()
+    quality = outputs.class_logits[image].float().sigmoid() * centerness[:, None]  # [L, C]
+    picked = []
+    for k in range(len(outputs.grids)):
+        location, label = ((quality > score_threshold) & (places.levels == k)[:, None]).nonzero().unbind(1)
+        best = quality[location, label].topk(min(before_nms, len(location))).indices
+        picked.append(torch.stack([location[best], label[best]], 1))
+    location, label = torch.cat(picked).unbind(1)
+    distances = outputs.distances[image].float()[location] * places.strides[location, None]
+    boxes = boxes_from_distances(places.points[location], distances)
+    limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    boxes = boxes.clamp(min=0).minimum(limit)
+    scores = quality[location, label].sqrt()
+    whole = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero().squeeze(1)
+    keep = whole[batched_nms(boxes[whole], scores[whole], label[whole], nms_threshold)][:max_detections]
+    return Detections(boxes[keep], scores[keep], label[keep], location[keep])

@@ -1,0 +1,239 @@
+"""From a trained network to Instances in the pixels of the given images: by prompts, or by detection.
+
+Shape letters: N images, P instances, H and W pixels, h and w cells of the mask grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from boxinst.dynamic import (
+    aligned_upsample,
+    box_masks,
+    dynamic_mask_windows,
+    dynamic_masks,
+    upsample,
+    window_groups,
+)
+from boxinst.errors import InputError
+from boxinst.fcos import SIZES_OF_INTEREST, decode, locations
+from boxinst.structures import Instances
+from boxinst.transforms import contrast_stretch
+
+if TYPE_CHECKING:
+    from boxinst.condinst import CondInst, Outputs
+
+OUTSIDE = -30.0
+"""Logit of a pixel that no window covers."""
+
+_CELLS_AT_ONCE = 2**21
+"""Bound on instances × mask cells handled at once: about 130 MB of features at 16 channels."""
+
+_IMAGES_AT_ONCE = 4
+
+
+def segment(
+    model: CondInst,
+    images: list[Tensor],
+    boxes: list[Tensor],
+    labels: list[Tensor] | None = None,
+    *,
+    logits: bool = False,
+) -> list[Instances]:
+    """One mask for every given box, in the order given.
+
+    A mask never leaves its box. Its pixels are those with a probability of at least ½, or of at least half the box's
+    highest where that is lower: a doubtful object so gets a small mask with a low score rather than none.
+    The score is the mean probability over the mask.
+
+    Args:
+        model: a network with the prompt head.
+        images: N uint8 RGB [3, H, W], of any sizes.
+        boxes: N float xyxy [n, 4] in the pixels of their image.
+        labels: N int64 [n], carried over to the result; zeros when None.
+        logits: also return the mask logits at the image's resolution.
+
+    Raises:
+        InputError: the model has no prompt head, or images, boxes and labels do not match.
+    """
+    if model.prompt_head is None:
+        raise InputError("model", "has no prompt head", "Train with model.prompt on, or use detect().")
+    _check(images, boxes, labels)
+    labels = labels or [torch.zeros(len(b), dtype=torch.int64) for b in boxes]
+    result: list[Instances | None] = [None] * len(images)
+    for members, outputs, given in _passes(model, images, boxes):
+        assert outputs.prompt is not None
+        start = 0
+        for k, n in enumerate(members):
+            end = start + len(given[k])
+            result[n] = _prompt_masks(
+                model, outputs.mask_features[k : k + 1], outputs.prompt[start:end], given[k], images[n], logits
+            )
+            result[n].boxes, result[n].labels = boxes[n].float(), labels[n]  # type: ignore[union-attr]
+            start = end
+    return result  # type: ignore[return-value]
+
+
+def detect(
+    model: CondInst,
+    images: list[Tensor],
+    *,
+    score_threshold: float = 0.05,
+    max_detections: int = 100,
+    logits: bool = False,
+) -> list[Instances]:
+    """Detections with masks, best first. Masks are not cropped to their boxes, as published.
+
+    Args:
+        model: a network with the FCOS head.
+        images: N uint8 RGB [3, H, W], of any sizes.
+        score_threshold: least class × centre-ness of a candidate.
+        max_detections: kept per image, after non-maximum suppression.
+        logits: also return the mask logits at the image's resolution.
+
+    Raises:
+        InputError: the model has no FCOS head.
+    """
+    if model.dense_head is None:
+        raise InputError("model", "has no detection head", "Train with model.detect on, or use segment() with boxes.")
+    _check(images, None, None)
+    result: list[Instances | None] = [None] * len(images)
+    head, stride = model.config.head, model.config.mask_stride
+    for members, outputs, _ in _passes(model, images, None):
+        assert outputs.dense is not None
+        places = locations(outputs.dense.grids, outputs.mask_features.device)
+        for k, n in enumerate(members):
+            height, width = images[n].shape[-2:]
+            found = decode(
+                outputs.dense,
+                k,
+                (height, width),
+                score_threshold=score_threshold,
+                max_detections=max_detections,
+            )
+            scales = torch.tensor(SIZES_OF_INTEREST, device=found.boxes.device)[places.levels[found.location]]
+            masks = torch.zeros((len(found.boxes), height, width), dtype=torch.bool)
+            raw = torch.zeros((len(found.boxes), height, width)) if logits else None
+            cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
+            for part in torch.arange(len(found.boxes)).split(max(1, _CELLS_AT_ONCE // (cells * stride))):
+                where = found.location[part]
+                maps = dynamic_masks(
+                    outputs.mask_features[k : k + 1],
+                    [0] * len(part),
+                    outputs.dense.controllers[k, where],
+                    places.points[where],
+                    scales[part, None].expand(-1, 2),
+                    head=head,
+                    stride=stride,
+                ).float()
+                fine = aligned_upsample(aligned_upsample(maps, 2).sigmoid(), stride // 2)[:, :height, :width]
+                masks[part] = (fine > 0.5).cpu()
+                if raw is not None:
+                    raw[part] = torch.logit(fine, eps=1e-6).cpu()
+            result[n] = Instances(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
+    return result  # type: ignore[return-value]
+
+
+def _check(images: list[Tensor], boxes: list[Tensor] | None, labels: list[Tensor] | None) -> None:
+    for n, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            found = f"{image.dtype} {tuple(image.shape)}"
+            raise InputError(f"images[{n}]", found, "Give uint8 RGB of shape [3, H, W].")
+    for name, lists in (("boxes", boxes), ("labels", labels)):
+        if lists is not None and len(lists) != len(images):
+            raise InputError(name, f"{len(lists)} entries", f"There are {len(images)} images: give one entry for each.")
+    for n, given in enumerate(boxes or []):
+        if given.ndim != 2 or given.shape[1] != 4 or not bool(torch.isfinite(given).all()):
+            raise InputError(f"boxes[{n}]", tuple(given.shape), "Give finite xyxy boxes of shape [n, 4].")
+        if labels is not None and len(labels[n]) != len(given):
+            raise InputError(f"labels[{n}]", f"{len(labels[n])} entries", f"There are {len(given)} boxes.")
+
+
+def _passes(
+    model: CondInst, images: list[Tensor], boxes: list[Tensor] | None
+) -> Iterator[tuple[list[int], Outputs, list[Tensor]]]:
+    """Runs the network over images of equal padded size together, so that a batch gives what each image alone gives.
+
+    Yields the positions of the images, the outputs and the boxes on the model's device.
+    """
+    device = model.pixel_mean.device
+    groups: dict[tuple[int, int], list[int]] = {}
+    for n, image in enumerate(images):
+        height, width = image.shape[-2:]
+        groups.setdefault((-(-height // 32) * 32, -(-width // 32) * 32), []).append(n)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for (height, width), all_members in groups.items():
+                for start in range(0, len(all_members), _IMAGES_AT_ONCE):
+                    members = all_members[start : start + _IMAGES_AT_ONCE]
+                    batch = torch.zeros((len(members), 3, height, width), dtype=torch.uint8)
+                    for k, n in enumerate(members):
+                        image = images[n]
+                        if model.config.contrast_stretch is not None:
+                            image = contrast_stretch(image, *model.config.contrast_stretch)
+                        batch[k, :, : image.shape[1], : image.shape[2]] = image
+                    given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
+                    sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
+                    yield members, model(batch.to(device), given if boxes is not None else None, sizes), given
+    finally:
+        model.train(training)
+
+
+def _prompt_masks(
+    model: CondInst, features: Tensor, parameters: Tensor, boxes: Tensor, image: Tensor, logits: bool
+) -> Instances:
+    """Masks of the boxes [P, 4] of one image from its mask features [1, C, h, w] and their parameters [P, K]."""
+    height, width = image.shape[-2:]
+    stride = model.config.mask_stride
+    masks = torch.zeros((len(boxes), height, width), dtype=torch.bool)
+    raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
+    scores = torch.zeros(len(boxes))
+    points, scales = prompt_coordinates(boxes)
+    # A cell of margin on either side keeps the interpolation inside the box free of the window's own border.
+    for group in window_groups(boxes, (features.shape[2], features.shape[3]), stride, margin=2.0 * stride):
+        rows, columns = group.size[0] * stride, group.size[1] * stride
+        for part in torch.arange(len(group.members)).split(max(1, _CELLS_AT_ONCE // (rows * columns))):
+            who, origins = group.members[part], group.origins[part]
+            coarse = dynamic_mask_windows(
+                features,
+                torch.zeros_like(who),
+                parameters[who],
+                points[who],
+                scales[who],
+                origins,
+                group.size,
+                head=model.config.head,
+                stride=stride,
+            ).float()
+            fine = upsample(upsample(coarse, 2), stride // 2)  # [m, rows, columns]
+            inside = box_masks(boxes[who], (rows, columns), 1, origins * stride)
+            probability = fine.sigmoid() * inside
+            threshold = (probability.amax((1, 2)) / 2).clamp(max=0.5)
+            chosen = (probability >= threshold[:, None, None]) & inside
+            scores[who.cpu()] = ((probability * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)).cpu()
+            for k, p in enumerate(who.tolist()):
+                x, y = (origins[k] * stride).tolist()
+                region = (p, slice(y, min(y + rows, height)), slice(x, min(x + columns, width)))
+                size = (slice(0, max(0, height - y)), slice(0, max(0, width - x)))
+                masks[region] = chosen[k][size].cpu()
+                if raw is not None:
+                    raw[region] = fine[k][size].cpu()
+    return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
+
+
+def prompt_coordinates(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference points and scales of given boxes: coordinates run from −1 to 1 across the box.
+
+    Args:
+        boxes: [P, 4] xyxy pixels.
+
+    Returns:
+        points [P, 2] and scales [P, 2], in pixels.
+    """
+    return (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).clamp(min=1.0) / 2
