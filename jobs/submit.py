@@ -38,8 +38,7 @@ class SubmitConfig:
 def main(argv: Sequence[str]) -> int:
     """Submit the command after ``--``; returns its exit status."""
     split = argv.index("--") if "--" in argv else len(argv)
-    words = argv[split + 1 :]
-    config = options.parse(SubmitConfig, argv[:split], command="submit")
+    config, words = options.parse(SubmitConfig, argv[:split], command="submit"), argv[split + 1 :]
     if not words or words[0] not in cli.COMMANDS or words[0] in ("submit", "demo"):
         raise InputError("the command after --", shlex.join(words) or "missing", "Give one, such as -- train --help.")
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists():
