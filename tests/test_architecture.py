@@ -18,7 +18,7 @@ SCIENCE = {"torch", "torchvision", "numpy", "pycocotools", "safetensors", "PIL",
 STAGES = {f"pipelines.{name}" for name in ("shards", "train", "evaluate", "segment", "review", "feedback")}
 OWNERS = {
     "ray": {f"pipelines.{name}" for name in ("cluster", "shards", "train", "evaluate", "segment")} | {"jobs.submit"},
-    "mlflow": {"pipelines.registry", "pipelines.tracking"},
+    "mlflow": {"pipelines.registry", "pipelines.tracking", "pipelines.pyfunc_model"},
     "fiftyone": {"pipelines.review", "pipelines.feedback"},
 }
 """Each framework, and the only modules that may know it."""
