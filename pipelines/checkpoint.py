@@ -1,0 +1,104 @@
+"""A training state on disk: any nesting of dicts, lists, numbers, text and tensors, as safetensors and JSON.
+
+Nothing in it can run when it is read. ``state.json`` is written last, so that a folder without it is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from boxinst.errors import InputError
+
+FORMAT_VERSION = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+_TENSOR = "__tensor__"
+"""Stands in the JSON for a tensor, with its name in the safetensors file."""
+_ITEMS = "__items__"
+"""Stands in the JSON for a dict whose keys are no strings, such as an optimiser's, with its items."""
+
+
+def save(folder: str | Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` into ``folder``. Numbers and tensors come back exactly; tuples come back as lists."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(dict(state), "", tensors)
+    save_file(tensors, folder / TENSORS)
+    partial = folder / f"{STATE}.partial"
+    partial.write_text(json.dumps({"format": FORMAT_VERSION, "state": tree}))
+    os.replace(partial, folder / STATE)
+
+
+def load(folder: str | Path) -> dict[str, Any]:
+    """Inverse of ``save``; tensors are on the CPU.
+
+    Raises:
+        InputError: no finished checkpoint, one of a newer version, or one whose two files do not belong together.
+    """
+    folder = Path(folder)
+    remedy = "Remove this folder, so that the run goes on from the checkpoint before it, or start one of another name."
+    try:
+        data = json.loads((folder / STATE).read_text())
+        version = data["format"]
+        tensors = load_file(folder / TENSORS)
+    except Exception as error:  # the reader of safetensors raises a type of its own
+        raise InputError("checkpoint", f"{folder} is unreadable ({error!r})", remedy) from error
+    if version > FORMAT_VERSION:
+        value = f"{folder} has format {version}, this program reads up to {FORMAT_VERSION}"
+        raise InputError("checkpoint", value, "Upgrade boxinst.")
+    names = set(tensors)
+    try:
+        state = _decode(data["state"], tensors)
+    except KeyError as error:
+        raise InputError("checkpoint", f"{folder} lacks the tensor {error}", remedy) from error
+    if tensors:
+        raise InputError("checkpoint", f"{folder} holds {len(tensors)} of {len(names)} tensors too many", remedy)
+    return dict(state)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every field whose value differs between two nested configs, as (dotted name, old, new); None where absent."""
+    for key in [*old, *(k for k in new if k not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after
+
+
+def _encode(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``node`` as JSON values; its tensors go into ``tensors`` under their path."""
+    if isinstance(node, Tensor):
+        # A copy: safetensors refuses two names for one memory, and the run goes on while the file is uploaded.
+        tensors[name] = node.detach().cpu().clone().contiguous()
+        return {_TENSOR: name}
+    if isinstance(node, Mapping):
+        if all(isinstance(key, str) for key in node):
+            return {key: _encode(value, f"{name}/{key}", tensors) for key, value in node.items()}
+        return {_ITEMS: [[key, _encode(value, f"{name}/{key}", tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return [_encode(value, f"{name}/{index}", tensors) for index, value in enumerate(node)]
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"{name}: a checkpoint holds tensors, numbers and text, not {type(node).__name__}")
+
+
+def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """Inverse of ``_encode``; takes what it uses out of ``tensors``."""
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors.pop(node[_TENSOR])
+        if _ITEMS in node:
+            return {key: _decode(value, tensors) for key, value in node[_ITEMS]}
+        return {key: _decode(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_decode(value, tensors) for value in node]
+    return node

@@ -1,0 +1,135 @@
+"""pipelines.checkpoint: what is saved comes back exactly, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from boxinst.errors import InputError
+from pipelines import checkpoint
+
+
+def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A small network whose optimiser has a state."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    images = torch.arange(3 * 64, dtype=torch.float32).view(1, 3, 8, 8)
+    model(images).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_nested_state_comes_back_exactly(tmp_path: Path) -> None:
+    shared = torch.randn(3)
+    state = {
+        "step": 7,
+        "third": 1 / 3,
+        "none": None,
+        "flag": True,
+        "text": "é",
+        "nested": {"list": [1, {"t": torch.tensor(2)}], "ints": {0: torch.ones(2, dtype=torch.bfloat16), 5: 1.5}},
+        "random": torch.random.get_rng_state(),
+        "twice": [shared, shared],
+        "view": torch.arange(6).view(2, 3).T,
+        "empty": torch.zeros(0, 4),
+        "tuple": (0.9, 0.999),
+    }
+    checkpoint.save(tmp_path / "c", state)
+    back = checkpoint.load(tmp_path / "c")
+    assert back["tuple"] == [0.9, 0.999]
+    plain = ("step", "third", "none", "flag", "text")
+    assert [back[k] for k in plain] == [state[k] for k in plain]
+    assert back["nested"]["ints"][5] == 1.5
+    assert back["nested"]["list"][1]["t"].ndim == 0
+    for before, after in (
+        (state["nested"]["ints"][0], back["nested"]["ints"][0]),  # type: ignore[index]
+        (state["random"], back["random"]),
+        (shared, back["twice"][1]),
+        (state["view"], back["view"]),
+        (state["empty"], back["empty"]),
+    ):
+        assert before.dtype == after.dtype  # type: ignore[union-attr]
+        assert torch.equal(before, after)  # type: ignore[arg-type]
+
+
+def test_an_optimiser_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    step(model, optimizer)
+
+    other, its_optimizer = trained()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    back = checkpoint.load(tmp_path)
+    other.load_state_dict(back["model"])
+    its_optimizer.load_state_dict(back["optimizer"])
+    step(other, its_optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_no_pickle_is_written(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"a": torch.ones(1)})
+    assert {p.name for p in tmp_path.iterdir()} == {checkpoint.TENSORS, checkpoint.STATE}
+
+
+def test_an_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="nested/path"):
+        checkpoint.save(tmp_path, {"nested": {"path": Path("x")}})
+
+
+def damage_json(folder: Path) -> None:
+    (folder / checkpoint.STATE).write_text("{")
+
+
+def forget_json(folder: Path) -> None:
+    (folder / checkpoint.STATE).unlink()
+
+
+def cut_tensors(folder: Path) -> None:
+    whole = (folder / checkpoint.TENSORS).read_bytes()
+    (folder / checkpoint.TENSORS).write_bytes(whole[:-3])
+
+
+def other_tensors(folder: Path) -> None:
+    checkpoint.save(folder / "other", {"b": torch.ones(1)})
+    (folder / "other" / checkpoint.TENSORS).replace(folder / checkpoint.TENSORS)
+
+
+def more_tensors(folder: Path) -> None:
+    checkpoint.save(folder / "other", {"a": torch.ones(2), "b": torch.ones(1)})
+    (folder / "other" / checkpoint.TENSORS).replace(folder / checkpoint.TENSORS)
+
+
+def newer(folder: Path) -> None:
+    data = json.loads((folder / checkpoint.STATE).read_text())
+    (folder / checkpoint.STATE).write_text(json.dumps(data | {"format": checkpoint.FORMAT_VERSION + 1}))
+
+
+@pytest.mark.parametrize("spoil", [damage_json, forget_json, cut_tensors, other_tensors, more_tensors, newer])
+def test_a_damaged_checkpoint_is_refused(spoil, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"a": torch.ones(2)})
+    spoil(tmp_path)
+    with pytest.raises(InputError) as caught:
+        checkpoint.load(tmp_path)
+    assert caught.value.item == "checkpoint"
+    assert str(tmp_path) in str(caught.value.value)
+    assert caught.value.remedy
+
+
+def test_differences_name_the_field() -> None:
+    old = {"a": 1, "model": {"width": 32, "classes": ["x"]}, "gone": 0}
+    new = {"a": 1, "model": {"width": 64, "classes": ["x"]}, "added": 2}
+    found = list(checkpoint.differences(old, new))
+    assert found == [("model.width", 32, 64), ("gone", 0, None), ("added", None, 2)]
+    assert list(checkpoint.differences(old, old)) == []
