@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -33,17 +33,9 @@ def sample_from_row(
     """
     image = torch.from_numpy(np.ascontiguousarray(images.decode(row["image"], exif=exif).transpose(2, 0, 1)))
     height, width = image.shape[1:]
-    n = len(row["boxes"])
-
-    masks, has_mask = None, None
-    counts = row["masks"] if with_masks else None
-    if counts and any(c is not None for c in counts):
-        has_mask = torch.tensor([c is not None for c in counts], dtype=torch.bool)
-        masks = torch.zeros(n, height, width, dtype=torch.bool)
-        masks[has_mask] = rle.decode([c for c in counts if c is not None], height, width)
-
+    masks, has_mask = masks_from_counts((row["masks"] or ()) if with_masks else (), height, width)
     targets = Targets(
-        boxes=torch.tensor(row["boxes"], dtype=torch.float32).reshape(n, 4),
+        boxes=torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor(row["labels"], dtype=torch.int64),
         masks=masks,
         has_mask=has_mask,  # type: ignore[arg-type]  # None: Targets fills it in
@@ -51,3 +43,14 @@ def sample_from_row(
         crowd=torch.tensor(row["crowd"], dtype=torch.bool),
     )
     return image, targets, int(row["image_id"])
+
+
+def masks_from_counts(counts: Sequence[bytes | None], height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+    """Run lengths, None where there is no mask → ``masks`` and ``has_mask`` of Targets; both None when none has one."""
+    known = [c for c in counts if c is not None]
+    if not known:
+        return None, None
+    has_mask = torch.tensor([c is not None for c in counts], dtype=torch.bool)
+    masks = torch.zeros(len(counts), height, width, dtype=torch.bool)
+    masks[has_mask] = rle.decode(known, height, width)
+    return masks, has_mask

@@ -1,0 +1,222 @@
+"""The endless stream of training samples: which image stands where in it, and how it gets from the shards to a batch.
+
+The stream is the shuffled corpus of epoch 0, then of epoch 1, and so on. A step of the training takes the next
+``batch_size`` samples of it. What stands at a position, and how it is augmented, is a function of (seed, epoch, image)
+alone, so any step can be repeated, on any number of machines, and a resumed run goes on in the middle of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from boxinst import rle
+from boxinst.structures import Batch, Targets
+from boxinst.transforms import AugmentConfig, augment, collate
+from pipelines import storage
+from pipelines.samples import masks_from_counts, sample_from_row
+from pipelines.schema import BOX, SHARD_SCHEMA, Manifest
+
+READ_ROWS = 512
+"""Rows read and shuffled together, at most: few enough to hold in memory, many enough to mix the corpus."""
+READ_BYTES = 128 * 2**20
+"""Bytes read together, about."""
+
+EPOCH = pa.field("epoch", pa.int64())
+STREAM_SCHEMA = SHARD_SCHEMA.append(EPOCH)
+"""A row of the stream: of the shards, with the epoch it is seen in."""
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("pixels", pa.binary()),  # uint8 RGB, 3 x height x width
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("ignore_bottom", pa.int32()),  # rows at the bottom that take no part in the colour edges
+        ("annotation_ids", pa.list_(pa.int64())),
+        ("boxes", pa.list_(BOX)),
+        ("labels", pa.list_(pa.int64())),
+        ("masks", pa.list_(pa.binary())),  # COCO compressed RLE counts at height x width, or null
+        ("tight", pa.list_(pa.bool_())),
+    ]
+)
+"""One row per augmented image, as it travels from the data workers to the training workers."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where each row of a shard set lies, so that any rows can be read: files in row groups."""
+
+    fs: pafs.FileSystem
+    manifest: Manifest
+    groups: tuple[tuple[str, int], ...]
+    """(path, number within the file) of every row group, in the order of the corpus."""
+    starts: NDArray[np.int64]
+    """Row at which each group starts, and at the end the number of rows."""
+
+    @classmethod
+    def open(cls, uri: str) -> ShardIndex:
+        """Read the manifest of the shards at ``uri`` and the directory at the end of each file.
+
+        Raises:
+            InputError: no shards, unfinished, damaged, or of a newer version.
+        """
+        manifest = storage.read_manifest(uri, "shards")
+        fs = storage.filesystem(uri)
+
+        def rows_per_group(path: str) -> list[int]:
+            with fs.open_input_file(path) as file:
+                about = pq.read_metadata(file)
+            return [about.row_group(k).num_rows for k in range(about.num_row_groups)]
+
+        paths = storage.shard_files(uri, manifest)
+        with ThreadPoolExecutor(16) as pool:
+            rows = list(pool.map(rows_per_group, paths))
+        groups = tuple((path, k) for path, of_file in zip(paths, rows, strict=True) for k in range(len(of_file)))
+        return cls(fs, manifest, groups, np.cumsum([0, *(n for of_file in rows for n in of_file)]))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows to read and shuffle together: ``READ_ROWS``, or fewer where images are large."""
+        bytes_per_row = sum(f.bytes for f in self.manifest.files) / max(len(self), 1)
+        return int(np.clip(READ_BYTES / max(bytes_per_row, 1), 1, READ_ROWS))
+
+    def read(self, rows: NDArray[np.int64]) -> pa.Table:
+        """The given rows, in the order given; a row may be asked for twice. Each row group is read once."""
+        if not len(rows):
+            return SHARD_SCHEMA.empty_table()
+        of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        tables, places = [], []
+        for group in np.unique(of_row):
+            path, number = self.groups[group]
+            mine = np.flatnonzero(of_row == group)
+            with self.fs.open_input_file(path) as file:
+                table = pq.ParquetFile(file).read_row_group(number, columns=SHARD_SCHEMA.names)
+            tables.append(table.take(rows[mine] - self.starts[group]))
+            places.append(mine)
+        return pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
+
+
+def epoch_order(starts: NDArray[np.int64], rows_at_once: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Every row once, in the order of this epoch.
+
+    Row groups are shuffled, then the rows within each stretch of ``rows_at_once``, so that such a stretch can be read
+    from few row groups.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    groups = rng.permutation(len(starts) - 1)
+    order = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in groups])
+    for start in range(0, len(order), rows_at_once):
+        rng.shuffle(order[start : start + rows_at_once])
+    return order
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream of one training run; see the module."""
+
+    index: ShardIndex
+    seed: int
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(epoch, rows) for the positions from ``start`` up to ``stop``."""
+        size = len(self.index)
+        for epoch in range(start // size, -(-stop // size)):
+            order = epoch_order(self.index.starts, self.index.rows_at_once, self.seed, epoch)
+            yield epoch, order[max(start - epoch * size, 0) : stop - epoch * size]
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """The samples at these positions, as ``STREAM_SCHEMA``; none when ``stop`` is not beyond ``start``."""
+        tables = [STREAM_SCHEMA.empty_table()]
+        for epoch, rows in self.rows(start, stop):
+            table = self.index.read(rows)
+            tables.append(table.append_column(EPOCH, pa.array(np.full(len(table), epoch))).cast(STREAM_SCHEMA))
+        return pa.concat_tables(tables)
+
+
+@dataclass(frozen=True)
+class Augmenter:
+    """Decodes and augments rows of the stream; runs in the data workers."""
+
+    config: AugmentConfig
+    seed: int
+    exif: Literal["stored", "applied"]
+    with_masks: bool
+    bottom_pixels: int
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """``STREAM_SCHEMA`` → ``SAMPLE_SCHEMA``."""
+        return pa.Table.from_pylist([self.sample(row) for row in table.to_pylist()], schema=SAMPLE_SCHEMA)
+
+    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One row of the stream as one row of samples. Crowd regions, which are not trained on, are left out."""
+        image, targets, image_id = sample_from_row(row, exif=self.exif, with_masks=self.with_masks)
+        height = image.shape[1]
+        # Ids may be negative, seeds may not.
+        rng = np.random.default_rng([self.seed, row["epoch"], image_id % 2**64])
+        image, targets = augment(image, targets[~targets.crowd], self.config, rng)
+        return {
+            "image_id": image_id,
+            "pixels": image.contiguous().numpy().tobytes(),
+            "height": image.shape[1],
+            "width": image.shape[2],
+            "ignore_bottom": self.bottom_pixels * image.shape[1] // height,
+            "annotation_ids": targets.ids.numpy(),
+            "boxes": targets.boxes.tolist(),
+            "labels": targets.labels.numpy(),
+            "masks": _counts(targets),
+            "tight": targets.tight.numpy(),
+        }
+
+
+def batch_from_table(table: pa.Table) -> tuple[Batch, list[tuple[int, int]]]:
+    """``SAMPLE_SCHEMA`` → a padded batch, and the (height, width) of each image in it without padding."""
+    rows = table.to_pylist()
+    sizes = [(row["height"], row["width"]) for row in rows]
+    images = [
+        torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(3, *size)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    batch = collate(
+        images,
+        [_targets(row) for row in rows],
+        [row["image_id"] for row in rows],
+        ignore_bottom=[row["ignore_bottom"] for row in rows],
+    )
+    return batch, sizes
+
+
+def _counts(targets: Targets) -> list[bytes | None]:
+    """The masks as run lengths, None for instances that have none."""
+    counts: list[bytes | None] = [None] * len(targets)
+    if targets.masks is not None:
+        labelled = targets.has_mask.nonzero().squeeze(1)
+        for place, count in zip(labelled.tolist(), rle.encode(targets.masks[labelled]), strict=True):
+            counts[place] = count
+    return counts
+
+
+def _targets(row: dict[str, Any]) -> Targets:
+    """The targets of one row of ``SAMPLE_SCHEMA``."""
+    boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
+    masks, has_mask = masks_from_counts(row["masks"], row["height"], row["width"])
+    return Targets(
+        boxes=boxes,
+        labels=torch.tensor(row["labels"], dtype=torch.int64),
+        masks=masks,
+        has_mask=has_mask,  # type: ignore[arg-type]  # None: Targets fills it in
+        tight=torch.tensor(row["tight"], dtype=torch.bool),
+        ids=torch.tensor(row["annotation_ids"], dtype=torch.int64),
+    )
