@@ -55,6 +55,8 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
                 log_to_driver=log_to_driver,
             )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that there are no progress bars, which are of no use in a log file.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False

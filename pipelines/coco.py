@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -134,15 +135,15 @@ def parse(data: bytes, path: str) -> Corpus:
 def _categories(items: list[Any], path: str) -> list[Category]:
     categories = []
     for item in items:
-        if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("name"), str):
+        if not isinstance(item, dict) or _integer(item.get("id")) is None or not isinstance(item.get("name"), str):
             raise InputError("--annotations", f"{path} has the category {item!r}", "Give it an integer id and a name.")
         categories.append(Category(item["id"], item["name"]))
     if not categories:
         raise InputError("--annotations", f'{path} has an empty list "categories"', "List the classes there.")
-    for values, what in (([c.id for c in categories], "id"), ([c.name for c in categories], "name")):
-        for value in values:
-            if values.count(value) > 1:
-                raise InputError("--annotations", f"{path} has two categories of {what} {value!r}", "Rename one.")
+    for what in ("id", "name"):
+        value, times = Counter(getattr(c, what) for c in categories).most_common(1)[0]
+        if times > 1:
+            raise InputError("--annotations", f"{path} has {times} categories of {what} {value!r}", "Rename one.")
     return sorted(categories, key=lambda c: c.id)
 
 
@@ -151,14 +152,14 @@ def _images(items: list[Any], rejects: list[dict[str, Any]]) -> dict[int, ImageE
     images: dict[int, ImageEntry] = {}
     for item in items:
         get = item.get if isinstance(item, dict) else {}.get
+        number, width, height = (_integer(get(key)) for key in ("id", "width", "height"))
         name = get("file_name") if isinstance(get("file_name"), str) else ""
-        if not _is_id(get("id")):
+        if number is None:
             rejects.append(reject("image", "image id is not an integer", get("id"), file_name=name))
-        elif get("id") in images:
-            rejects.append(reject("image", "duplicate image id", get("id"), image_id=get("id"), file_name=name))
+        elif number in images:
+            rejects.append(reject("image", "duplicate image id", number, image_id=number, file_name=name))
         else:
-            sides = [get(key) if _is_id(get(key)) else None for key in ("width", "height")]
-            images[get("id")] = ImageEntry(get("id"), name, *sides)
+            images[number] = ImageEntry(number, name or "", width, height)
     return images
 
 
@@ -169,7 +170,7 @@ def _attach(
     seen: set[int] = set()
     for item in items:
         get = item.get if isinstance(item, dict) else {}.get
-        number, image_id, category_id = (v if _is_id(v := get(k)) else None for k in ("id", "image_id", "category_id"))
+        number, image_id, category_id = (_integer(get(key)) for key in ("id", "image_id", "category_id"))
         entry = None if image_id is None else images.get(image_id)
         if number is None:
             reason, value = "annotation id is not an integer", get("id")
@@ -190,8 +191,9 @@ def _attach(
         entry.annotations.sort(key=lambda a: a.id)
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
+def _integer(value: object) -> int | None:
+    """``value`` where it is an integer that fits a column, None where not (True is none either)."""
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def _stays_inside(name: str) -> bool:
@@ -283,7 +285,7 @@ def rle_counts(segmentation: Any, height: int, width: int) -> bytes:
         if isinstance(counts, str):
             counts = counts.encode()
         runs = run_lengths(counts) if isinstance(counts, bytes) else counts
-        if not isinstance(runs, list) or not all(_is_id(r) and r >= 0 for r in runs) or sum(runs) != height * width:
+        if not isinstance(runs, list) or any(type(r) is not int or r < 0 for r in runs) or sum(runs) != height * width:
             raise ValueError("the runs of the RLE do not add up to the image")
         if not isinstance(counts, bytes):
             counts = mask_api.frPyObjects({"size": size, "counts": runs}, height, width)["counts"]

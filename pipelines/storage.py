@@ -86,6 +86,11 @@ def fs_path(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem(uri), path
 
 
+def absolute(uri: str) -> str:
+    """``uri`` as it can be found from anywhere."""
+    return uri.rstrip("/") if is_s3(uri) else fs_path(uri)[1]
+
+
 def _explain(uri: str) -> None:
     """Ask S3 why ``uri`` does not answer.
 

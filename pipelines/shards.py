@@ -1,0 +1,320 @@
+"""A COCO corpus, its JSON and its images, becomes Parquet shards in which every image and box is accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray
+import ray.data
+
+from boxinst.errors import InputError
+from pipelines import cluster, coco, images, settings, storage
+from pipelines.coco import Annotation, Corpus, ImageEntry
+from pipelines.schema import REJECT_SCHEMA, SHARD_SCHEMA, File, Manifest
+
+REJECTS = "rejects.parquet"
+
+ROW_GROUP_BYTES = 16 << 20
+"""Image bytes of a row group: what a task holds in memory at a time."""
+
+READ_AHEAD = 16
+"""Images that a task reads at the same time; S3 answers late but many at once."""
+
+_PLAN_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("annotations", pa.large_string()),  # JSON of Annotation's fields
+    ]
+)
+
+_DONE_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("file", pa.string()),  # JSON of File's fields, null when every image of the shard was rejected
+        ("counts", pa.string()),  # JSON
+        ("rejects", pa.list_(pa.struct(list(REJECT_SCHEMA)))),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """What to turn into shards."""
+
+    annotations: str
+    """COCO JSON file: a local path or s3://."""
+    images: str
+    """Folder or s3:// prefix below which the JSON's file names are found."""
+    out: str | None = None
+    """Output folder or s3:// prefix; BOXINST_HOME/shards/<name of the JSON file> when not given."""
+    target_mb: int = 128
+    """Image bytes of a shard in megabytes. Smaller shards spread a small corpus over more workers."""
+    exif: Literal["stored", "applied"] = "stored"
+    """Whether the boxes refer to the pixels as stored in the files, or as turned by their EXIF orientation."""
+    overwrite: bool = False
+    """Replace shards of other inputs or options in the output folder."""
+
+    def __post_init__(self) -> None:
+        if self.target_mb < 1:
+            raise InputError("--target-mb", self.target_mb, "Give 1 or more.")
+        if self.exif not in ("stored", "applied"):
+            raise InputError("--exif", self.exif, "Give stored or applied.")
+
+    @property
+    def output(self) -> str:
+        """Where the shards go."""
+        return self.out or str(settings.home() / "shards" / PurePosixPath(self.annotations).stem)
+
+
+def run(config: ShardConfig) -> Manifest:
+    """Write the shards, the rejects beside them, and the manifest last.
+
+    The same input gives the same files. A finished output of the same inputs is left as it is; a killed run is done
+    again from the start.
+
+    Returns:
+        The manifest. Its counts reconcile: entered = kept + rejected, for images and boxes.
+
+    Raises:
+        InputError: something about the inputs, the storage or the output folder that its owner has to change.
+    """
+    storage.check_readable(config.annotations, "--annotations")
+    storage.check_readable(config.images, "--images")
+    data = storage.read_bytes(config.annotations)
+    corpus = coco.parse(data, storage.redact(config.annotations))
+    files = _match(corpus, config)
+    source = {
+        "annotations": storage.absolute(config.annotations),
+        "annotations_sha256": hashlib.sha256(data).hexdigest(),
+        "images": storage.absolute(config.images),
+        "images_sha256": _fingerprint(files),
+        "target_mb": config.target_mb,
+        "exif": config.exif,
+    }
+    finished = storage.ensure_output(config.output, "shards", source, overwrite=config.overwrite)
+    if finished is not None:
+        print(f"{config.output} holds the shards of these inputs already: nothing to do.", file=sys.stderr)
+        return finished
+    done = _write_shards(corpus, files, config)
+    manifest = _reconcile(corpus, done, config, source)
+    storage.write_manifest(config.output, manifest)
+    return manifest
+
+
+def _match(corpus: Corpus, config: ShardConfig) -> dict[str, pafs.FileInfo]:
+    """The files that the corpus names, by name; images without one move to the rejects."""
+    listing = storage.list_files(config.images)
+    missing = [entry for entry in corpus.images if entry.file_name not in listing]
+    if len(missing) == len(corpus.images):
+        example = f", which holds {next(iter(listing))}" if listing else ", which is empty"
+        named = f"the {len(missing)} images of the JSON ({missing[0].file_name})" if missing else "any image"
+        raise InputError(
+            "--images",
+            f"no file of {named} in {storage.redact(config.images)}{example}",
+            "Give the folder that the JSON's file_name is relative to.",
+        )
+    for entry in missing:
+        corpus.rejects.append(_reject_image(entry, "missing file", entry.file_name))
+        corpus.rejects += coco.reject_annotations(entry, "missing file")
+    corpus.images = [entry for entry in corpus.images if entry.file_name in listing]
+    return {entry.file_name: listing[entry.file_name] for entry in corpus.images}
+
+
+def _fingerprint(files: dict[str, pafs.FileInfo]) -> str:
+    """Changes when an image is added, removed or written again."""
+    content = [(name, info.size, info.mtime_ns) for name, info in sorted(files.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _plan(corpus: Corpus, files: dict[str, pafs.FileInfo], target: int) -> list[pa.Table]:
+    """One table per shard: its images, in the order of their ids, until ``target`` bytes are reached."""
+    shards: list[list[dict[str, Any]]] = [[]]
+    size = 0
+    for entry in corpus.images:
+        if shards[-1] and size + files[entry.file_name].size > target:
+            shards.append([])
+            size = 0
+        size += files[entry.file_name].size
+        row = {"image_id": entry.id, "file_name": entry.file_name, "width": entry.width, "height": entry.height}
+        row["annotations"] = json.dumps([asdict(a) for a in entry.annotations])
+        shards[-1].append({"shard": len(shards) - 1, **row})
+    return [pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA) for rows in shards]
+
+
+def _write_shards(corpus: Corpus, files: dict[str, pafs.FileInfo], config: ShardConfig) -> list[dict[str, Any]]:
+    """Run one task per shard and return their rows of ``_DONE_SCHEMA``, in order."""
+    cluster.start()
+    plan = _plan(corpus, files, config.target_mb << 20)
+    labels = {category.id: label for label, category in enumerate(corpus.categories)}
+    task = {"images_uri": config.images, "out": config.output, "exif": config.exif, "labels": labels}
+    shards = ray.data.from_arrow(plan).map_batches(
+        _write_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=task
+    )
+    try:
+        done = shards.take_all()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
+    done.sort(key=lambda row: row["shard"])
+    if [row["shard"] for row in done] != list(range(len(plan))):
+        raise RuntimeError(f"{len(plan)} shards were planned, {[row['shard'] for row in done]} written")
+    return done
+
+
+def _write_shard(plan: pa.Table, *, images_uri: str, out: str, exif: images.Exif, labels: dict[int, int]) -> pa.Table:
+    """Read and check the images of one shard and write its file. A task of Ray Data.
+
+    Args:
+        plan: one table of ``_plan``, whole.
+        images_uri: folder of the images.
+        out: folder of the shards.
+        exif: which pixels the boxes refer to.
+        labels: label of each category id.
+
+    Returns:
+        One row of ``_DONE_SCHEMA``.
+    """
+    number = plan["shard"][0].as_py()
+    rejects: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+
+    def tables() -> Iterator[pa.Table]:
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for entry, data in _read_images(plan, images_uri):
+            try:
+                if isinstance(data, ValueError):
+                    raise data
+                frame = _check(entry, data, exif)
+            except ValueError as error:
+                reason, _, value = str(error).partition(": ")
+                rejects.append(_reject_image(entry, reason, value))
+                rejects.extend(coco.reject_annotations(entry, reason))
+                continue
+            row, problems = coco.to_row(entry, data, frame, labels)
+            rejects.extend(problems)
+            rows.append(row)
+            counts.update(_counts(row))
+            size += len(data)
+            if size >= ROW_GROUP_BYTES:
+                yield pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
+                rows, size = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=SHARD_SCHEMA)
+
+    groups = tables()
+    first = next(groups, None)
+    file = None
+    if first is not None:
+        path = storage.join(out, f"shard-{number:05d}.parquet")
+        file = json.dumps(asdict(storage.write_parquet(path, itertools.chain([first], groups), SHARD_SCHEMA)))
+    done = {"shard": number, "file": file, "counts": json.dumps(counts), "rejects": rejects}
+    return pa.Table.from_pylist([done], schema=_DONE_SCHEMA)
+
+
+def _read_images(plan: pa.Table, images_uri: str) -> Iterator[tuple[ImageEntry, bytes | ValueError]]:
+    """Every image of a plan with its file's bytes, or with the reason why there are none."""
+
+    def read(name: str) -> bytes | ValueError:
+        try:
+            return storage.read_bytes(storage.join(images_uri, name))
+        except FileNotFoundError:
+            return ValueError(f"missing file: {name}")
+        except InputError as error:
+            if storage.is_s3(images_uri):  # the storage is at fault, not this image
+                raise
+            return ValueError(f"unreadable image: {error.value}")
+
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for batch in plan.to_batches(max_chunksize=READ_AHEAD):
+            rows = batch.to_pylist()
+            for row, data in zip(rows, pool.map(read, [row["file_name"] for row in rows]), strict=True):
+                boxes = [Annotation(**item) for item in json.loads(row["annotations"])]
+                yield ImageEntry(row["image_id"], row["file_name"], row["width"], row["height"], boxes), data
+
+
+def _check(entry: ImageEntry, data: bytes, exif: images.Exif) -> tuple[int, int]:
+    """Width and height of an image that decodes and is as large as the JSON says.
+
+    Raises:
+        ValueError: ``reason: value``.
+    """
+    try:
+        height, width = images.decode(data, exif=exif).shape[:2]
+    except ValueError as error:
+        raise ValueError(f"unreadable image: {error}") from error
+    said = (width if entry.width is None else entry.width, height if entry.height is None else entry.height)
+    if said != (width, height):
+        hint = ""
+        other: images.Exif = "applied" if exif == "stored" else "stored"
+        if images.size(data, exif=other) == said:
+            hint = f"; it agrees with --exif {other}"
+        value = f"{said[0]}x{said[1]} in the JSON, {width}x{height} in the file{hint}"
+        raise ValueError(f"size disagrees with the JSON: {value}")
+    return width, height
+
+
+def _reject_image(entry: ImageEntry, reason: str, value: str) -> dict[str, Any]:
+    return coco.reject("image", reason, value, image_id=entry.id, file_name=entry.file_name)
+
+
+def _counts(row: dict[str, Any]) -> dict[str, int]:
+    return {
+        "images": 1,
+        "images_without_boxes": int(not row["boxes"]),
+        "boxes": len(row["boxes"]),
+        "masks": sum(mask is not None for mask in row["masks"]),
+    }
+
+
+def _reconcile(corpus: Corpus, done: list[dict[str, Any]], config: ShardConfig, source: dict[str, Any]) -> Manifest:
+    """Write the rejects and build the manifest, once entered = kept + rejected holds.
+
+    Raises:
+        InputError: no image is left.
+        RuntimeError: the sums disagree, which is a defect of this program.
+    """
+    rejects = corpus.rejects + [reject for row in done for reject in row["rejects"]]
+    rejects.sort(key=lambda r: (r["kind"], r["image_id"] or 0, r["annotation_id"] or 0, r["reason"], r["value"]))
+    kept: Counter[str] = Counter()
+    for row in done:
+        kept.update(json.loads(row["counts"]))
+    if not kept["images"]:
+        reasons = Counter(r["reason"] for r in rejects if r["kind"] == "image")
+        value = f"none of {corpus.entered_images} can be used: " + ", ".join(f"{n} {r}" for r, n in reasons.items())
+        raise InputError("--images", value, f"The first: {rejects[-1]['file_name']}: {rejects[-1]['value']}.")
+    how = Counter((r["kind"], r["action"]) for r in rejects)
+    counts = {name: kept[name] for name in ("images", "images_without_boxes", "boxes", "masks")}
+    counts |= {
+        "entered_images": corpus.entered_images,
+        "entered_boxes": corpus.entered_boxes,
+        "rejected_images": how["image", "rejected"],
+        "rejected_boxes": how["box", "rejected"],
+        "rejected_masks": how["mask", "rejected"],
+        "clipped_boxes": how["box", "clipped"],
+    }
+    for what in ("images", "boxes"):
+        if counts[f"entered_{what}"] != counts[what] + counts[f"rejected_{what}"]:
+            raise RuntimeError(f"{what} do not add up: {counts}")
+    files = [File(**json.loads(row["file"])) for row in done if row["file"]]
+    if sum(file.rows for file in files) != counts["images"]:
+        raise RuntimeError(f"{sum(file.rows for file in files)} rows written for {counts['images']} images")
+    table = pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
+    storage.write_parquet(storage.join(config.output, REJECTS), [table], REJECT_SCHEMA)
+    return Manifest("shards", corpus.categories, files, counts, source, exif=config.exif)
