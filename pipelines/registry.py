@@ -25,12 +25,10 @@ from mlflow.models.evaluation.validation import ModelValidationFailedException
 from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
 from boxinst.errors import InputError
+from boxinst.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines import settings, storage
 from pipelines.promotion import PromoteConfig, Promotion, check_name, limits, replay, table
 from pipelines.schema import Category
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-"""What ``boxinst.save`` writes into a model's folder."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pycocotools", "safetensors", "torch", "torchvision")
@@ -87,7 +85,7 @@ def resolve(uri: str) -> Path:
     if (folder / "MLmodel").is_file():
         artifacts = Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
         folder = folder / artifacts.get("model", {}).get("path", "")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise InputError("model", uri, f"It has no {' and no '.join(missing)}: give a folder that training wrote.")
     return folder
@@ -129,8 +127,8 @@ def identify(uri: str) -> str:
 
 def fingerprint(folder: Path) -> str:
     """Hex digest of a model's weights and configuration, whatever it is called."""
-    digest = hashlib.sha256((folder / CONFIG).read_bytes())
-    with (folder / WEIGHTS).open("rb") as file:
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
+    with (folder / WEIGHTS_FILE).open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()[:16]
