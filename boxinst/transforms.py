@@ -45,15 +45,8 @@ class AugmentConfig:
             raise InputError("augment.max_side", self.max_side, "Give at least 1 pixel.")
         if self.crop < 0:
             raise InputError("augment.crop", self.crop, "Give a side in pixels, or 0 for no crop.")
-        check_percentiles("augment.contrast_stretch", self.contrast_stretch)
-
-
-def check_percentiles(item: str, percentiles: tuple[float, float] | None) -> None:
-    """Raises InputError unless ``percentiles`` is None or (low, high) with 0 ≤ low < high ≤ 100."""
-    if percentiles is not None and not 0 <= percentiles[0] < percentiles[1] <= 100:
-        raise InputError(
-            item, percentiles, "Give a low and a higher percentile between 0 and 100, for example 0.5 99.8."
-        )
+        if self.contrast_stretch is not None and not 0 <= self.contrast_stretch[0] < self.contrast_stretch[1] <= 100:
+            raise InputError("augment.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
 
 
 def augment(image: Tensor, targets: Targets, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Targets]:
