@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 
 # Ray reads these when it is imported. Without the first, its servers listen on every interface of the machine.
-if not os.environ.get("RAY_ADDRESS"):
+if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -38,13 +39,8 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
         # It warns that token authentication is on, which is how we want it.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         address = os.environ.get("RAY_ADDRESS")
-        if address:
-            try:
-                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    "RAY_ADDRESS", address, "No Ray cluster answers there: start it, or unset the variable."
-                ) from error
+        if address and address != "local":
+            _connect(address, log_to_driver)
         else:
             ray.init(
                 address="local",
@@ -60,6 +56,18 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
+
+
+def _connect(address: str, log_to_driver: bool) -> None:
+    remedy = "No Ray cluster answers there: start it, or unset the variable."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        # Ray itself tries for minutes and then ends the whole process.
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError("RAY_ADDRESS", address, remedy) from error
 
 
 def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:

@@ -170,7 +170,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 @contextmanager
-def _writing(uri: str) -> Iterator[IO[bytes]]:
+def writing(uri: str) -> Iterator[IO[bytes]]:
     """A stream whose bytes appear at ``uri`` all at once, when the block has ended well."""
     with explained(uri):
         fs, path = fs_path(uri)
@@ -190,7 +190,7 @@ def _writing(uri: str) -> Iterator[IO[bytes]]:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file; it is complete or not there. Folders are made."""
-    with _writing(uri) as stream:
+    with writing(uri) as stream:
         stream.write(data)
 
 
@@ -285,7 +285,7 @@ def write_parquet(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> Fi
     rows = 0
     # Image files are compressed already, and the least and greatest of them say nothing.
     plain = [name for name in schema.names if name != "image"]
-    with _writing(uri) as stream:
+    with writing(uri) as stream:
         sink = _Hashing(stream)
         compression = {name: "zstd" if name in plain else "none" for name in schema.names}
         with pq.ParquetWriter(
