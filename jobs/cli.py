@@ -77,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def count(number: int, noun: str) -> str:
+    """A number and its noun: "1 box", "2 boxes"."""
+    ending = "" if number == 1 else "es" if noun.endswith("x") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def close(made: str, where: str, *, then: str = "") -> None:
     """The last words of a command: what was made, where it is, and the command that goes on from here."""
     print(f"\nMade {made}: {where}")

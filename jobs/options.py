@@ -34,7 +34,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse(config_class: type[Config], argv: Sequence[str], *, command: str, epilog: str = "") -> Config:
+def parse(config_class: type[Config], argv: Sequence[str], *, command: str, about: str | None) -> Config:
     """The config that a command line asks for.
 
     The value of a field is, in this order: the option given, the recipe's, the dataclass's default.
@@ -43,7 +43,7 @@ def parse(config_class: type[Config], argv: Sequence[str], *, command: str, epil
         config_class: a dataclass; fields that are dataclasses become ``--field.option``.
         argv: the words after the command's name, among them perhaps ``--recipe NAME|FILE``.
         command: the command's name; where it is one of SECTIONS, ``--recipe`` is understood too.
-        epilog: added below the description in ``--help``, for example how to call it.
+        about: the command's docstring, shown on top of ``--help``.
 
     Raises:
         InputError: the recipe is unknown, or names something that does not exist, or a value is of another type.
@@ -53,12 +53,9 @@ def parse(config_class: type[Config], argv: Sequence[str], *, command: str, epil
     recipe = _take_recipe(argv) if command in SECTIONS else None
     section = {} if recipe is None else recipe_section(recipe, command)
     default = with_values(config_class, section, where=f"recipe {recipe}, {command}")
+    recipes = f"\n\n--recipe NAME|FILE sets defaults (shipped: {', '.join(recipe_names())})." * (command in SECTIONS)
     return tyro.cli(
-        config_class,
-        args=argv,
-        default=default,
-        prog=f"boxinst {command}",
-        description="\n\n".join(filter(None, (_first_paragraph(config_class), _recipe_help(command), epilog))),
+        config_class, args=argv, default=default, prog=f"boxinst {command}", description=(about or "").strip() + recipes
     )
 
 
@@ -204,13 +201,3 @@ def _closest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"Did you mean {close[0]!r}? " if close else ""
     return f"{guess}There are: {', '.join(known)}."
-
-
-def _first_paragraph(config_class: type) -> str:
-    return (config_class.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
-
-
-def _recipe_help(command: str) -> str:
-    if command not in SECTIONS:
-        return ""
-    return f"--recipe NAME|FILE sets the defaults below (shipped: {', '.join(recipe_names())})."

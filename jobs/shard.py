@@ -1,4 +1,7 @@
-"""``boxinst shard``: a COCO corpus becomes Parquet shards in which every image and box is accounted for."""
+"""Turn a COCO corpus into Parquet shards in which every image and box is accounted for.
+
+boxinst shard --annotations train.json --images images --out shards/train
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,17 @@ def main(argv: Sequence[str]) -> int:
     """Write the shards that ``argv`` asks for."""
     from pipelines import shards
 
-    config = options.parse(shards.ShardConfig, argv, command="shard")
+    config = options.parse(shards.ShardConfig, argv, command="shard", about=__doc__)
     manifest = shards.run(config)
-    count = manifest.counts
+    n = manifest.counts
     for what in ("images", "boxes"):
-        print(f"{what}: {count[f'entered_{what}']:,} = {count[what]:,} kept + {count[f'rejected_{what}']:,} rejected")
-    print(f"boxes clipped to their image: {count['clipped_boxes']:,}; masks among the labels: {count['masks']:,}")
-    if count["rejected_images"] or count["rejected_boxes"] or count["clipped_boxes"] or count["rejected_masks"]:
-        print(f"Which ones and why: {config.output}/{shards.REJECTS}")
+        print(f"{what}: {n[f'entered_{what}']:,} = {n[what]:,} kept + {n[f'rejected_{what}']:,} rejected")
+    print(f"boxes clipped to their image: {n['clipped_boxes']:,}; masks among the labels: {n['masks']:,}")
+    if any(n[key] for key in ("rejected_images", "rejected_boxes", "rejected_masks", "clipped_boxes")):
+        print(f"which ones and why: {config.output}/{shards.REJECTS}")
+    made = f"{cli.count(len(manifest.files), 'shard')} with {cli.count(n['images'], 'image')}"
     cli.close(
-        f"{len(manifest.files)} shards with {count['images']:,} images and {count['boxes']:,} boxes",
-        config.output,
-        then=f"boxinst train --shards {config.output}",
+        f"{made} and {cli.count(n['boxes'], 'box')}", config.output, then=f"boxinst train --shards {config.output}"
     )
     return 0
 

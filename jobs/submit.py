@@ -1,4 +1,7 @@
-"""``boxinst submit``: run any other command on a Ray cluster, follow its log, and end with its status."""
+"""Run any other command on a Ray cluster, follow its log, and end with its status. Ctrl-C only stops following.
+
+boxinst submit --address http://HOST:8265 -- train --recipe coco_r50_1x --shards s3://bucket/shards/train
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ JUNK = [".git", ".venv", "boxinst-home", "__pycache__", "*.egg-info", ".*_cache"
 
 @dataclass
 class SubmitConfig:
-    """Run a boxinst command on a Ray cluster: boxinst submit --address http://HOST:8265 -- train --recipe nuclei ..."""
+    """Where to run the command, and with what."""
 
     address: str
     """The dashboard of the cluster's head node, http://HOST:8265."""
@@ -27,8 +30,6 @@ class SubmitConfig:
     env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster's
     dashboard shows them, so name keys only where the nodes have no credentials of their own."""
-    detach: bool = False
-    """Print the job's id and return, without following the log."""
 
     def __post_init__(self) -> None:
         if not self.address.startswith(("http://", "https://")):
@@ -38,7 +39,7 @@ class SubmitConfig:
 def main(argv: Sequence[str]) -> int:
     """Submit the command after ``--``; returns its exit status."""
     split = argv.index("--") if "--" in argv else len(argv)
-    config, words = options.parse(SubmitConfig, argv[:split], command="submit"), argv[split + 1 :]
+    config, words = options.parse(SubmitConfig, argv[:split], command="submit", about=__doc__), argv[split + 1 :]
     if not words or words[0] not in cli.COMMANDS or words[0] in ("submit", "demo"):
         raise InputError("the command after --", shlex.join(words) or "missing", "Give one, such as -- train --help.")
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists():
@@ -59,8 +60,6 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:  # the folder is absent or larger than the cluster takes
         raise InputError("--working-dir", f"{config.working_dir} ({error})", "Give a folder of code alone.") from error
     print(f"Job {job} on {config.address}. Stop it: ray job stop {job} --address {config.address}", flush=True)
-    if config.detach:
-        return 0
 
     async def follow() -> None:
         async for lines in client.tail_job_logs(job):

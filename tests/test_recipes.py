@@ -27,7 +27,7 @@ def test_every_section_builds_its_config(recipe: str, section: str) -> None:
     words = required.split()
     if section == "train" and not options.recipe_section(recipe, "train"):
         words += ["--steps", "1"]
-    assert options.parse(config_class, ["--recipe", recipe, *words], command=section)
+    assert options.parse(config_class, ["--recipe", recipe, *words], command=section, about=None)
 
 
 @pytest.mark.parametrize("recipe", options.recipe_names())
@@ -56,7 +56,7 @@ def test_coco_recipes_are_the_published_schedules(
 ) -> None:
     from pipelines.train_config import TrainConfig
 
-    config = options.parse(TrainConfig, ["--recipe", recipe, "--shards", "s"], command="train")
+    config = options.parse(TrainConfig, ["--recipe", recipe, "--shards", "s"], command="train", about=None)
     assert (config.model.backbone, config.model.width, config.model.fpn_channels) == (backbone, 64, 256)
     assert (config.model.mask_stride, config.model.detect, config.model.prompt) == (8, True, True)
     assert (config.steps, config.milestones, config.schedule) == (steps, milestones, "step")
@@ -69,7 +69,7 @@ def test_coco_recipes_are_the_published_schedules(
 def test_nuclei_learns_from_boxes_at_full_resolution() -> None:
     from pipelines.train_config import TrainConfig
 
-    config = options.parse(TrainConfig, ["--recipe", "nuclei", "--shards", "s"], command="train")
+    config = options.parse(TrainConfig, ["--recipe", "nuclei", "--shards", "s"], command="train", about=None)
     assert config.model.loss_stride == 1
     assert config.model.contrast_stretch == (0.5, 99.8)
     assert config.model.backbone_weights == "", "random weights: no download, no licence to think of"

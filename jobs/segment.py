@@ -1,0 +1,30 @@
+"""Make one mask for every box of the shards. Run again after a stop: nothing is lost, nothing made twice.
+
+boxinst segment --model models:/cells@champion --shards shards/train --out masks/train --coco masks.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs import cli, options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Segment as ``argv`` asks."""
+    from pipelines import segment
+
+    config = options.parse(segment.SegmentConfig, argv, command="segment", about=__doc__)
+    manifest = segment.run(config)
+    n = manifest.counts
+    print(f"boxes: {n['boxes']:,} = {n['ok']:,} with a mask + {n['empty']:,} empty + {n['errors']:,} errors")
+    if config.coco:
+        print(f"COCO results: {config.coco}")
+    made = f"masks for {cli.count(n['boxes'], 'box')} on {cli.count(n['images'], 'image')}"
+    cli.close(made, config.output, then=f"boxinst review --masks {config.output} --shards {config.shards} --app")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["segment", *sys.argv[1:]]))

@@ -1,0 +1,41 @@
+"""Train a model on shards, from boxes alone or with some masks; track it, register it. Run again to resume.
+
+  boxinst train --recipe nuclei --shards shards/train --val shards/val --name cells
+  boxinst train --recipe nuclei --shards shards/train2 --name cells2 --init models:/cells@champion
+
+Ctrl-C stops after the present step with a checkpoint; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from jobs import cli, options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as ``argv`` asks."""
+    from pipelines import train
+
+    config = options.parse(train.TrainConfig, argv, command="train", about=__doc__)
+    result = train.run(config)
+    if result.status == "finished before":
+        print(f"The run {config.name} has finished before: nothing was trained. Another --name starts a new one.")
+    if result.resumed_from:
+        print(f"Went on from step {result.resumed_from:,}.")
+    for name, value in sorted(result.metrics.items()):
+        print(f"  {name:24} {value:.4f}")
+    if result.status == "stopped":
+        made = f"a checkpoint at step {result.steps:,} of {config.name}"
+        cli.close(made, result.model, then=shlex.join(["boxinst", "train", *argv]))
+        return 0
+    model = result.version or result.model
+    then = f"boxinst segment --model {model} --shards {config.shards}"
+    cli.close(f"the model {model} in {result.steps:,} steps", result.model, then=then)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
