@@ -197,15 +197,15 @@ def color_similarity(
 
 def _lab_from_rgb(rgb: Tensor) -> Tensor:
     """sRGB [N, 3, h, w] int64 in 0..255 -> CIE-LAB (D65, 2°) [N, 3, h, w] float32."""
-    device = rgb.device
-    levels = torch.arange(256, dtype=torch.float64, device=device) / 255
+    levels = torch.arange(256, dtype=torch.float64, device=rgb.device) / 255
     linear = torch.where(levels > 0.04045, ((levels + 0.055) / 1.055) ** 2.4, levels / 12.92)
-    # Sums of products rather than a matrix product, which a GPU may compute in reduced precision.
-    matrix = torch.tensor(_XYZ_FROM_RGB, dtype=torch.float64, device=device)
-    matrix = (matrix / torch.tensor(_WHITE, dtype=torch.float64, device=device)[:, None]).float()
-    xyz = (linear.float()[rgb][:, None] * matrix[:, :, None, None]).sum(2)
-    f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    x, y, z = f.unbind(1)
+    red, green, blue = linear.float()[rgb].unbind(1)
+    f = []
+    # Plain sums of products: a GPU may compute a matrix product in reduced precision.
+    for (r, g, b), white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
+        t = red * (r / white) + green * (g / white) + blue * (b / white)
+        f.append(torch.where(t > 0.008856, t.clamp(min=0.008856) ** (1 / 3), 7.787 * t + 16 / 116))
+    x, y, z = f
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
