@@ -1,0 +1,375 @@
+"""Training from shards to a registered model: checks the input, runs the workers, follows them, keeps the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
+
+import boxinst
+from boxinst.condinst import CondInst, ModelConfig
+from boxinst.errors import InputError
+from boxinst.weights import load_strict
+from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
+from pipelines.feed import Augmenter, ShardIndex, Stream
+from pipelines.train_config import MAY_CHANGE, TrainConfig
+from pipelines.train_loop import Job, train_loop
+
+__all__ = ["TrainConfig", "TrainResult", "run"]
+
+RECORD, RESULT, MODEL = "run.json", "result.json", "model"
+"""Beside the checkpoints in a run's folder: what was asked for, what came of it, and the averaged model."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to."""
+
+    status: Literal["finished", "stopped", "finished before"]
+    """``stopped``: by Ctrl-C or the time limit; the same command goes on. ``finished before``: nothing was trained."""
+    steps: int
+    """Optimiser steps done in all."""
+    resumed_from: int
+    """Step of the checkpoint that this command went on from; 0 when it started afresh."""
+    seconds: float
+    """This command took, start-up included."""
+    metrics: dict[str, float]
+    """Of the last validation; empty without one."""
+    run_id: str
+    """MLflow's."""
+    model: str
+    """Folder of the model (averaged weights), as ``boxinst.load`` reads it."""
+    version: str
+    """Address of the registered version, models:/NAME/VERSION; empty where none was registered."""
+
+
+def run(config: TrainConfig) -> TrainResult:
+    """Train, or go on training, or say that the run has finished before.
+
+    The first Ctrl-C ends the run after its step with a checkpoint, the second at once.
+
+    Raises:
+        InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
+            GPUs; the loss became infinite.
+    """
+    started = time.monotonic()
+    index, val = _open_shards(config)
+    config, init = _complete(config, index)
+    folder = settings.home() / "runs" / config.name
+    previous = _check_resumable(folder, config, index.manifest.hash)
+    if (folder / RESULT).is_file():
+        return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
+
+    cluster.start()
+    cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
+    tracker = _track(config, index, val, previous)
+    record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
+    storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
+    control = ray.remote(num_cpus=0)(Control).remote()
+    job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
+    try:
+        fitted = _follow(_trainer(job, index), control, config)
+        result = _keep(fitted, job, control, folder, started)
+    except KeyboardInterrupt:
+        tracker.close("KILLED")
+        raise
+    except Exception:
+        tracker.close("FAILED")
+        raise
+    tracker.close("FINISHED" if result.status == "finished" else "KILLED")
+    return result
+
+
+# What is checked before any work.
+
+
+def _open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+    """Training shards with boxes, and validation shards of the same classes."""
+    index = ShardIndex.open(config.shards)
+    if not len(index) or not index.manifest.counts.get("boxes"):
+        raise InputError("--shards", f"{config.shards} has no boxes", "Give shards of a corpus with labelled boxes.")
+    if not config.val:
+        return index, None
+    val = ShardIndex.open(config.val)
+    ours, theirs = ([c.name for c in m.categories] for m in (index.manifest, val.manifest))
+    if ours != theirs:
+        value = f"{config.val} has the classes {', '.join(theirs)}"
+        raise InputError("--val", value, f"{config.shards} has {', '.join(ours)}: give shards of the same classes.")
+    if not len(val):
+        raise InputError("--val", f"{config.val} has no images", "Give other shards, or leave --val empty.")
+    return index, val
+
+
+def _complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict[str, bytes] | None]:
+    """The config with all that follows from the shards and the initial model, and that model, packed."""
+    categories = index.manifest.categories
+    names = tuple(c.name for c in categories)
+    init = None
+    if config.init:
+        folder = registry.resolve(config.init)
+        model = boxinst.load(folder).config
+        registry.check_classes(model.classes, categories, model=config.init, shards=config.shards)
+        for f in fields(ModelConfig):
+            asked, has = getattr(config.model, f.name), getattr(model, f.name)
+            if asked not in (getattr(ModelConfig(), f.name), has):
+                remedy = f"{config.init} has {has}: leave the options of `model` alone, or train without --init."
+                raise InputError(f"--model.{f.name.replace('_', '-')}", asked, remedy)
+        init = inference.pack(folder)
+    else:
+        if config.model.classes not in ((), names):
+            remedy = f"{config.shards} has {', '.join(names)}: leave it empty."
+            raise InputError("--model.classes", ", ".join(config.model.classes), remedy)
+        model = replace(config.model, classes=names)
+    return (
+        replace(
+            config,
+            model=model,
+            augment=replace(config.augment, contrast_stretch=model.contrast_stretch),
+            steps=config.steps or math.ceil(config.epochs * len(index) / config.batch_size),
+            epochs=0,
+        ),
+        init,
+    )
+
+
+def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> str | None:
+    """The MLflow run of an earlier command of this name, which must have asked for the same; None for a new name."""
+    if not (folder / RECORD).is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError("--name", f"{folder} holds something else", "Give another name, or remove that folder.")
+        return None
+    record = json.loads((folder / RECORD).read_text())
+    asked = json.loads(json.dumps(asdict(config)))
+    for name, before, now in checkpoint.differences(record["config"], asked):
+        if name.split(".")[0] not in (*MAY_CHANGE, "shards"):  # shards may have moved; what they hold counts
+            option = f"--{name.replace('_', '-')}"
+            value = f"{now}, but the run {config.name} has {before}"
+            raise InputError(option, value, f"Give {option} {before} to go on with that run, or another --name.")
+    if record["shards"] != shards:
+        value = f"{config.shards} has the hash {shards}, but the run {config.name} has {record['shards']}"
+        raise InputError("--shards", value, "Give the shards that run was started with, or another --name.")
+    return record["run_id"]
+
+
+def _track(config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_id: str | None) -> tracking.Run:
+    """The MLflow run, with all that makes it repeatable."""
+    params = {**asdict(config), "shards_hash": index.manifest.hash, "shards_counts": index.manifest.counts}
+    if val is not None:
+        params["val_hash"] = val.manifest.hash
+    return tracking.Run.start(config.name, experiment=config.name, params=params, run_id=run_id)
+
+
+# The workers.
+
+
+class Control:
+    """An actor through which the driver, the training workers and the data tasks of one run tell each other things."""
+
+    def __init__(self) -> None:
+        self._start, self._stop = 0, False
+        self._shown: tuple[int, dict[str, float]] | None = None
+        self._failure: tuple[str, str, str] | None = None
+
+    def resume_at(self, step: int) -> None:
+        """By rank 0, before the first batch: the step that the data must begin at."""
+        self._start = step
+
+    def start(self) -> int:
+        """See ``resume_at``."""
+        return self._start
+
+    def stop(self) -> None:
+        """By the driver: end after the present step."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """See ``stop``."""
+        return self._stop
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """By rank 0: how it goes."""
+        self._shown = step, values
+
+    def shown(self) -> tuple[int, dict[str, float]] | None:
+        """See ``show``."""
+        return self._shown
+
+    def fail(self, item: str, value: str, remedy: str) -> None:
+        """By a worker: an InputError met during training."""
+        self._failure = item, value, remedy
+
+    def failure(self) -> tuple[str, str, str] | None:
+        """See ``fail``."""
+        return self._failure
+
+
+def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
+    config = job.config
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpu,
+            resources_per_worker={"CPU": max(config.cpus_per_worker, 1), **({"GPU": 1} if config.gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=str(settings.home() / "runs"),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.num_to_keep),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        datasets={"train": _stream(job, index)},
+        dataset_config=ray.train.DataConfig(execution_options=options),
+    )
+
+
+def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
+    """What makes the dataset of augmented samples, from the step that training begins at to the last.
+
+    A task reads a stretch of the stream; its rows are cut into blocks of one worker's batch, which are augmented one by
+    one. Ray hands blocks of equal size to the workers in turn, so each gets the same rows however often it is resumed.
+    """
+    config, control = job.config, job.control
+    stream = Stream(index, config.seed)
+    augmenter = Augmenter(
+        config.augment, config.seed, index.manifest.exif, config.mask_labels == "use", config.loss.bottom_pixels
+    )
+    end, at_once = config.steps * config.batch_size, index.rows_at_once
+
+    def read(number: pa.Table) -> pa.Table:
+        first = ray.get(control.start.remote()) * config.batch_size + number["id"][0].as_py() * at_once
+        return stream.read(first, min(first + at_once, end))
+
+    def make() -> ray.data.Dataset:
+        # Counted from step 0, as the step to begin at is not known yet; tasks beyond the end read nothing.
+        tasks = math.ceil(end / at_once)
+        return (
+            ray.data.range(tasks, override_num_blocks=tasks)
+            .map_batches(read, batch_size=None, batch_format="pyarrow")
+            .repartition(target_num_rows_per_block=config.batch_size // config.workers, strict=True)
+            .map_batches(augmenter, batch_size=None, batch_format="pyarrow", concurrency=config.data_workers or None)
+        )
+
+    return make
+
+
+def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:
+    """Run the trainer to its end, with a progress bar; Ctrl-C asks it to stop.
+
+    Raises:
+        InputError: which a worker met.
+        TrainingFailedError: of Ray, when workers failed for another reason.
+    """
+    outcome: list[ray.train.Result | BaseException] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:
+            outcome.append(error)
+
+    # In a thread: in the main one, Ray would install a handler of its own for Ctrl-C, which aborts.
+    thread = threading.Thread(target=fit, daemon=True)
+    seconds = 0.5 if sys.stderr.isatty() else 15  # lines of a log file are not overwritten
+    with (
+        tqdm(total=config.steps, desc=f"train {config.name}", unit="step", mininterval=seconds) as bar,
+        _interrupt_asks(control, bar),
+    ):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.5)
+            _show(bar, ray.get(control.shown.remote()))
+    if failure := ray.get(control.failure.remote()):
+        raise InputError(*failure)
+    (got,) = outcome
+    if isinstance(got, BaseException):
+        raise got
+    return got
+
+
+def _show(bar: tqdm[Any], shown: tuple[int, dict[str, float]] | None) -> None:
+    if shown is None or shown[0] == bar.n:
+        return
+    step, values = shown
+    if not bar.n:  # so that the time left is not computed from steps of an earlier command
+        bar.initial = step
+    bar.n = step
+    bar.set_postfix(
+        loss=f"{values['loss']:.3f}",
+        lr=f"{values['learning_rate']:.1e}",
+        images_per_s=f"{values['images_per_second']:.1f}",
+    )
+
+
+@contextmanager
+def _interrupt_asks(control: Any, bar: tqdm[Any]) -> Iterator[None]:
+    """Within, the first SIGINT asks the run to stop and the second raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        bar.write("Stopping after this step, with a checkpoint. Ctrl-C again stops at once, without.", file=sys.stderr)
+        control.stop.remote()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What is kept.
+
+
+def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, started: float) -> TrainResult:
+    """Write the averaged model beside the checkpoints and, at the end of the training, register it."""
+    config = job.config
+    if fitted.checkpoint is None:
+        raise RuntimeError(f"Ray Train ended without a checkpoint in {folder}.")
+    with fitted.checkpoint.as_directory() as path:
+        state = checkpoint.load(path)
+    learner, metrics = state["learner"], state["metrics"]
+    model = CondInst(config.model, pretrained=False)
+    weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
+    load_strict(model, weights, str(fitted.checkpoint.path))
+    boxinst.save(model, folder / MODEL)
+
+    finished = learner["step"] == config.steps
+    version = ""
+    if finished and config.register:
+        tags = {"shards": job.shards_hash, "steps": str(config.steps)}
+        version = registry.register(job.run_id, folder / MODEL, config.name, metrics=metrics, tags=tags).uri
+    result = TrainResult(
+        status="finished" if finished else "stopped",
+        steps=learner["step"],
+        resumed_from=ray.get(control.start.remote()),
+        seconds=time.monotonic() - started,
+        metrics=metrics,
+        run_id=job.run_id,
+        model=str(folder / MODEL),
+        version=version,
+    )
+    if finished:
+        storage.write_bytes(str(folder / RESULT), json.dumps(asdict(result), indent=2).encode())
+    return result

@@ -1,0 +1,364 @@
+"""The training loop, as every worker runs it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from os import sched_getaffinity
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.data.collate_fn import ArrowBatchCollateFn
+from torch import Tensor, nn
+
+from boxinst.condinst import CondInst
+from boxinst.criterion import Criterion
+from boxinst.errors import InputError
+from boxinst.structures import Batch
+from pipelines import checkpoint, inference, tracking
+from pipelines.feed import ShardIndex, batch_from_table
+from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
+from pipelines.train_config import TrainConfig
+from pipelines.validation import Validation, stack
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker."""
+
+    config: TrainConfig
+    """Complete: ``steps``, the classes and the contrast stretch are filled in."""
+    shards_hash: str
+    val: ShardIndex | None
+    init: Mapping[str, bytes] | None
+    """The packed model to fine-tune from."""
+    run_id: str
+    tracking_uri: str
+    control: Any
+    """Handle of the driver's Control actor."""
+
+
+@dataclass
+class Learner:
+    """What training changes, and a checkpoint holds."""
+
+    model: nn.Module
+    """The network, wrapped for distributed training where there are several workers."""
+    average: torch.optim.swa_utils.AveragedModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
+    """Optimiser steps done."""
+
+    @property
+    def network(self) -> CondInst:
+        """The bare network."""
+        return unwrapped(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+        return {
+            "step": self.step,
+            "model": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.random.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any], *, rank: int) -> None:
+        """Inverse of ``state``."""
+        self.step = state["step"]
+        self.network.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:  # the optimiser's fast path wants the parameter's memory order
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
+        self.schedule.load_state_dict(state["schedule"])
+        if rank == 0:  # the state is of rank 0; the others keep the seed they started from
+            torch.random.set_rng_state(state["random"])
+
+
+def train_loop(loop_config: dict[str, Job]) -> None:
+    """Train from the last checkpoint, if there is one, to the last step, the stop signal or the time limit."""
+    job = loop_config["job"]
+    try:
+        _train(job)
+    except InputError as error:  # every rank meets it, and starting again would not help
+        ray.get(job.control.fail.remote(error.item, str(error.value), error.remedy))
+
+
+def _train(job: Job) -> None:
+    config, context = job.config, ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    started = time.monotonic()
+    _set_threads(config, context.get_local_world_size())
+    learner = _build(job, rank)
+    device = next(learner.network.parameters()).device
+    criterion = Criterion(config.model, config.loss)
+    autocast = _autocast(config, device)
+    cpu_group = _cpu_group() if ranks > 1 else None
+    validation = _open_validation(job, rank, ranks)
+    metrics = _resume(learner, rank)
+    if rank == 0:
+        ray.get(job.control.resume_at.remote(learner.step))
+    journal = Journal(job, learner.step, rank, ranks)
+
+    batches = _batches(config, ranks, device)
+    for _ in range(learner.step, config.steps):
+        with journal.waiting():
+            batch, sizes = next(batches)
+        batch = batch.to(device)
+        terms, norm = _step(learner, criterion, batch, sizes, config, autocast)
+        journal.add(terms, norm, len(sizes))
+        step, last = learner.step, learner.step == config.steps
+        if step % config.log_every == 0 or last:
+            journal.write(step, float(learner.schedule.get_last_lr()[0]))
+        stop = _agree_to_stop(job, started, rank, cpu_group)
+        if validation and (last or (config.eval_every and step % config.eval_every == 0)):
+            with journal.pause(), autocast():
+                metrics = _validate(validation, learner, rank, cpu_group, journal)
+        if last or stop or step % config.checkpoint_every == 0:
+            with journal.pause():
+                _save(job, learner, metrics, rank)
+        if stop:
+            break
+
+
+def _build(job: Job, rank: int) -> Learner:
+    """Network, average, optimiser and schedule as they are before the first step."""
+    config = job.config
+    torch.manual_seed(config.seed)
+    init = job.init
+    model = inference.unpack(lambda: init) if init is not None else CondInst(config.model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    wrapped = ray.train.torch.prepare_model(model.train())
+    bare = unwrapped(wrapped)
+    torch.manual_seed(config.seed + 1 + rank)
+    optimizer = make_optimizer(bare, config)
+    return Learner(wrapped, make_average(bare, config.ema_decay), optimizer, make_schedule(optimizer, config))
+
+
+def unwrapped(model: nn.Module) -> CondInst:
+    """The network itself: Ray wraps it only where there are several workers."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model  # type: ignore[return-value]
+
+
+def _resume(learner: Learner, rank: int) -> dict[str, float]:
+    """Go back to the last checkpoint, if there is one; returns the metrics of the last validation before it."""
+    last = ray.train.get_checkpoint()
+    if last is None:
+        return {}
+    with last.as_directory() as folder:
+        state = checkpoint.load(folder)
+    learner.restore(state["learner"], rank=rank)
+    return state["metrics"]
+
+
+def _step(
+    learner: Learner,
+    criterion: Criterion,
+    batch: Batch,
+    sizes: list[tuple[int, int]],
+    config: TrainConfig,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step; returns the loss terms and the length of the gradient, still on the device."""
+    with autocast():
+        outputs = learner.model(batch.images, [t.boxes for t in batch.targets], sizes)
+    terms = criterion(outputs, batch, learner.step)
+    learner.optimizer.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), config.grad_clip or math.inf)
+    learner.optimizer.step()
+    learner.schedule.step()
+    learner.average.update_parameters(learner.network)
+    learner.step += 1
+    return {name: term.detach() for name, term in terms.items()}, norm
+
+
+def _validate(
+    validation: Validation, learner: Learner, rank: int, group: dist.ProcessGroup | None, journal: Journal
+) -> dict[str, float]:
+    """Metrics of the averaged weights over all ranks' images; rank 0 writes them down with a picture."""
+    states: list[Any] = [validation.score(learner.average.module)]  # type: ignore[arg-type]
+    if group is not None:
+        mine, states = states[0], [None] * dist.get_world_size()
+        dist.all_gather_object(states, mine, group=group)
+    metrics = validation.merge(states)
+    if journal.run is not None:
+        journal.run.metrics({f"val/{name}": value for name, value in metrics.items()}, learner.step)
+        if validation.pictures:
+            journal.run.image(stack(validation.pictures), f"validation/{learner.step:07d}.png")
+    return metrics
+
+
+def _save(job: Job, learner: Learner, metrics: dict[str, float], rank: int) -> None:
+    """Report a checkpoint and wait until it is registered, so that no later failure falls back behind it."""
+    with tempfile.TemporaryDirectory() as folder:
+        reported = None
+        if rank == 0:
+            about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
+            checkpoint.save(folder, {**about, "metrics": metrics, "learner": learner.state()})
+            reported = ray.train.Checkpoint.from_directory(folder)
+        name = f"checkpoint_{learner.step:08d}"
+        ray.train.report({"step": learner.step}, checkpoint=reported, checkpoint_dir_name=name)
+    ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+
+def _agree_to_stop(job: Job, started: float, rank: int, group: dist.ProcessGroup | None) -> bool:
+    """Whether to stop after this step: rank 0 knows, and all ranks must do the same."""
+    stop = False
+    if rank == 0:
+        minutes = (time.monotonic() - started) / 60
+        stop = bool(ray.get(job.control.stopping.remote())) or 0 < job.config.minutes <= minutes
+    if group is not None:
+        flag = torch.tensor(stop)
+        dist.broadcast(flag, 0, group=group)
+        stop = bool(flag)
+    return stop
+
+
+class Collate(ArrowBatchCollateFn):
+    """Pads samples into a batch, in the threads that fetch ahead of the training."""
+
+    def __init__(self, *, pin: bool) -> None:
+        self.pin = pin
+
+    def __call__(self, batch: pa.Table) -> tuple[Batch, list[tuple[int, int]]]:
+        made, sizes = batch_from_table(batch)
+        if self.pin:
+            made.images, made.valid = made.images.pin_memory(), made.valid.pin_memory()
+        return made, sizes
+
+
+def _batches(config: TrainConfig, ranks: int, device: torch.device) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
+    return iter(
+        shard.iter_torch_batches(
+            batch_size=config.batch_size // ranks,
+            collate_fn=Collate(pin=device.type == "cuda"),
+            prefetch_batches=2,
+            device="cpu",
+        )
+    )
+
+
+def _open_validation(job: Job, rank: int, ranks: int) -> Validation | None:
+    if job.val is None:
+        return None
+    return Validation.open(
+        job.val,
+        max_images=job.config.eval_max_images,
+        rank=rank,
+        ranks=ranks,
+        short_side=max(job.config.augment.short_sides, default=0),
+        max_side=job.config.augment.max_side,
+    )
+
+
+def _cpu_group() -> dist.ProcessGroup:
+    """Talks between CPUs, so that an agreement does not wait for the GPU. A validation may keep the others waiting."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A fresh context of the run's arithmetic at each call."""
+    if config.precision == "bf16" or (config.precision == "auto" and bf16_pays(device)):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
+
+
+def _set_threads(config: TrainConfig, workers_here: int) -> None:
+    share = max(1, len(sched_getaffinity(0)) // workers_here)
+    torch.set_num_threads(config.cpus_per_worker or share)
+
+
+class Journal:
+    """What is written down of the training: means since the last entry, over all ranks, by rank 0.
+
+    Loss terms stay on the device until an entry is written, so that no step waits for them.
+    """
+
+    def __init__(self, job: Job, step: int, rank: int, ranks: int) -> None:
+        self.job, self.ranks = job, ranks
+        self.run: tracking.Run | None = None
+        if rank == 0:
+            self.run = tracking.Run.start(
+                job.config.name, experiment=job.config.name, run_id=job.run_id, tracking_uri=job.tracking_uri
+            )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._images, self._waited, self._paused = 0, 0, 0.0, 0.0
+        self._since = time.monotonic()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around the wait for data."""
+        return _Stopwatch(self, "_waited")
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Around what is no training; it does not count in the speed."""
+        return _Stopwatch(self, "_paused")
+
+    def add(self, terms: Mapping[str, Tensor], norm: Tensor, images: int) -> None:
+        """One step's loss terms, gradient length and number of images."""
+        for name, value in {**terms, "grad_norm": norm}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._steps, self._images = self._steps + 1, self._images + images
+
+    def write(self, step: int, learning_rate: float) -> None:
+        """Write the means and start anew.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        means = torch.stack(list(self._sums.values())).double() / self._steps
+        if self.ranks > 1:
+            dist.all_reduce(means)
+            means /= self.ranks
+        values = dict(zip(self._sums, means.tolist(), strict=True))
+        seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
+        values |= {
+            "learning_rate": learning_rate,
+            "images_per_second": self._images * self.ranks / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        if self.run is not None:
+            self.run.metrics({f"train/{name}": value for name, value in values.items()}, step)
+            self.job.control.show.remote(step, values)
+        if not math.isfinite(values["loss"]):
+            remedy = "Lower --learning-rate or --grad-clip, or lengthen --lr-warmup-steps; then give another --name."
+            raise InputError("loss", f"{values['loss']} before step {step}", remedy)
+        self._reset()
+
+
+class _Stopwatch(AbstractContextManager[None]):
+    """Adds the time spent inside to a field of the journal."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self.journal, self.name = journal, name
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = getattr(self.journal, self.name) + time.monotonic() - self.start
+        setattr(self.journal, self.name, spent)
