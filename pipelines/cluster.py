@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 
-# Ray reads these when it is imported. Without the first, its servers listen on every interface of the machine.
+# Ray reads these when it is imported. Without the first, its servers listen on every interface of the machine; the last
+# keeps it from hiding the GPUs of tasks that ask for none, which it announces with a warning.
 if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,6 +22,10 @@ from boxinst.errors import InputError
 LOCAL_SLOTS = 4
 """Least number of CPU slots of a local cluster. Slots only limit how many tasks run at once; with fewer, a training
 worker, its data tasks and the coordinator would wait for each other for ever on a small machine."""
+
+
+START_ATTEMPTS = 3
+"""Ray gives its servers 30 seconds to start, which is not enough on a machine that is busy with something else."""
 
 
 def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
@@ -42,14 +47,7 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
         if address and address != "local":
             _connect(address, log_to_driver)
         else:
-            ray.init(
-                address="local",
-                num_cpus=cpus or max(LOCAL_SLOTS, len(os.sched_getaffinity(0))),
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=log_to_driver,
-            )
+            _start_local(cpus or max(LOCAL_SLOTS, os.cpu_count() or 1), log_to_driver)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that there are no progress bars, which are of no use in a log file.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -68,6 +66,24 @@ def _connect(address: str, log_to_driver: bool) -> None:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError("RAY_ADDRESS", address, remedy) from error
+
+
+def _start_local(cpus: int, log_to_driver: bool) -> None:
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=log_to_driver,
+            )
+            return
+        except Exception as error:  # Ray raises no other type here
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise
+            ray.shutdown()
 
 
 def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
