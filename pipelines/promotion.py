@@ -20,6 +20,11 @@ def check_name(name: str) -> None:
         raise InputError("name", repr(name), "A model's name has letters, digits, '_', '-' and '.' only.")
 
 
+USUAL = (("mask_iou", "mask_ap"), ("box_iou",), ("box_ap",))
+"""What is gated unless told otherwise: masks where the evaluation set has them, else how well masks keep to their
+boxes, else the boxes found."""
+
+
 @dataclass(frozen=True)
 class PromoteConfig:
     """Make a registered version the champion if it is no worse than the one there is, or go back one."""
@@ -34,7 +39,7 @@ class PromoteConfig:
     """How much worse than the champion a gated metric may be, in the metric's own units."""
     higher: tuple[str, ...] = ()
     """Gated metrics where more is better. Empty (with `lower` empty too): mask_iou and mask_ap where the evaluation
-    set has masks, box_iou where it has none."""
+    set has masks; box_iou, or when detecting box_ap, where it has none."""
     lower: tuple[str, ...] = ()
     """Gated metrics where less is better, for example spill."""
     reason: str = ""
@@ -113,8 +118,7 @@ def limits(
 
     Args:
         higher: gated metrics where more is better.
-        lower: gated metrics where less is better. With both empty: mask_iou and mask_ap where they were measured
-            (the set has masks), box_iou where neither was.
+        lower: gated metrics where less is better. With both empty, the first of ``USUAL`` that were measured.
         tolerance: how much worse than the champion's a value may be.
         candidate: metrics of the candidate.
         champion: metrics of the champion on the same set; None when there is none, and any sane value will do.
@@ -124,9 +128,9 @@ def limits(
     """
     gates = [(name, True) for name in higher] + [(name, False) for name in lower]
     if not gates:
-        usual = [name for name in ("mask_iou", "mask_ap") if name in candidate] or ["box_iou"]
-        gates = [(name, True) for name in usual]
-    found = []
+        found = (tuple(name for name in group if name in candidate) for group in USUAL)
+        gates = [(name, True) for name in next(filter(None, found), USUAL[0])]
+    bounds = []
     for name, more in gates:
         if name not in candidate:
             raise InputError(
@@ -138,8 +142,8 @@ def limits(
             value = float(reference - tolerance if more else reference + tolerance)
         else:
             raise InputError("champion's metric", f"{name} = {reference}", "Evaluate both models on the same set.")
-        found.append(Limit(name, value, more))
-    return found
+        bounds.append(Limit(name, value, more))
+    return bounds
 
 
 def table(

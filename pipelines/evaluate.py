@@ -1,0 +1,129 @@
+"""Shards and a model become figures: AP, mask IoU and consistency, beside baselines that need no model."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import asdict, dataclass
+
+import ray
+import ray.data
+
+import boxinst
+from boxinst.errors import InputError
+from pipelines import cluster, inference, registry, storage
+from pipelines.inference import Resolution
+from pipelines.scorecard import Evaluator, Mode, Scorecard
+from pipelines.tracking import Run
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which model to score on which shards."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a folder that training wrote."""
+    shards: str
+    """Folder or s3:// prefix that `boxinst shard` wrote. Where it has no mask labels, boxes alone are scored."""
+    mode: Mode = "prompt"
+    """`prompt`: one mask for every given box. `detect`: no boxes given, the model finds the objects."""
+    max_detections: int = 100
+    """The best objects of an image, per class, that count for AP. 100 is COCO's; raise it where images hold more."""
+    score_threshold: float = 0.05
+    """Least score of a detection, in detect mode."""
+    short_side: int = 0
+    """Resize images in the network to this shorter side; 0 leaves them as they are. Use the size that the model was
+    trained at. Masks are compared in the pixels of the images as stored, whatever the size."""
+    max_side: int = 1333
+    """Upper bound of the longer side, where `--short-side` is given."""
+    baselines: bool = True
+    """In prompt mode, score the filled box and the inscribed ellipse too, where there are mask labels."""
+    workers: int = 1
+    """Processes with a copy of the model each. On one machine they share its cores, so 1 is as fast as more."""
+    gpu: bool = False
+    """Run each worker on a GPU of its own."""
+    batch_size: int = 4
+    """Images that a worker takes at a time."""
+    experiment: str = ""
+    """Record the figures as a run of this MLflow experiment; empty records nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_detections", "workers", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
+        if self.mode not in ("prompt", "detect"):
+            raise InputError("--mode", self.mode, "Give prompt or detect.")
+        if not 0 <= self.score_threshold <= 1:
+            raise InputError("--score-threshold", self.score_threshold, "Give a number from 0 to 1.")
+        Resolution(self.short_side, self.max_side)
+
+
+def run(config: EvaluateConfig) -> dict[str, float]:
+    """Score the model on every image of the shards.
+
+    Returns:
+        Prompt mode: mask_iou and mask_ap (with its usual variants) where there are mask labels, box_iou, spill, fill,
+        fill_over_95, fill_under_05 always, and the baselines' mask_iou and mask_ap behind their names. Detect mode:
+        mask_ap and box_ap with their variants. In both: images, and images_per_second of the model alone.
+
+    Raises:
+        InputError: something about the model, the shards or the cluster that its owner has to change.
+    """
+    shards = storage.read_manifest(config.shards, "shards")
+    folder = registry.resolve(config.model)
+    model = boxinst.load(folder).config
+    if not getattr(model, config.mode):
+        other = "detect" if config.mode == "prompt" else "prompt"
+        remedy = f"Give `--mode {other}`, or train a model with model.{config.mode} on."
+        raise InputError("--mode", f"{config.mode} is switched off in {config.model}", remedy)
+    registry.check_classes(model.classes, shards.categories, model=config.model, shards=config.shards)
+    cluster.start()
+    cluster.check(config.workers, 1, int(config.gpu))
+
+    rows = ray.data.read_parquet(
+        storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
+    )
+    files = ray.put(inference.pack(folder))
+    device, threads = "cuda" if config.gpu else "cpu", inference.threads(config.workers)
+    scores = rows.map_batches(
+        Evaluator,
+        fn_constructor_kwargs={
+            "load": functools.partial(
+                inference.unpack, functools.partial(ray.get, files), device=device, threads=threads
+            ),
+            "resolution": Resolution(config.short_side, config.max_side),
+            "exif": shards.exif,
+            "mode": config.mode,
+            "score_threshold": config.score_threshold,
+            "max_detections": config.max_detections,
+            "baselines": config.baselines,
+        },
+        batch_size=config.batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
+        num_cpus=1,
+        num_gpus=int(config.gpu),
+    )
+    card = Scorecard(model.classes, config.mode, config.max_detections, config.baselines)
+    images, seconds = 0, 0.0
+    for row in scores.iter_rows():
+        card.merge(row["scores"])
+        images += row["images"]
+        seconds += row["seconds"]
+    if images != shards.counts["images"]:
+        raise RuntimeError(f"the shards hold {shards.counts['images']} images, {images} were scored")
+    figures = card.compute() | {"images": float(images)}
+    if seconds:
+        figures["images_per_second"] = images / (seconds / config.workers)
+    if config.experiment:
+        _record(config, shards.hash, figures)
+    return figures
+
+
+def _record(config: EvaluateConfig, shards_hash: str, figures: dict[str, float]) -> None:
+    label = registry.identify(config.model)
+    tags = {"job": "evaluate", "model": label, "shards_hash": shards_hash}
+    tracked = Run.start(f"evaluate {label}", experiment=config.experiment, params=asdict(config), tags=tags)
+    tracked.metrics(figures)
+    tracked.close()
+    print(f"Recorded as run {tracked.run_id} of {config.experiment}.", file=sys.stderr)

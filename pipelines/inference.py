@@ -1,0 +1,121 @@
+"""A model at work on stored images: shipped to a worker as bytes, run at a chosen resolution, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import boxinst
+from boxinst.condinst import CondInst
+from boxinst.errors import InputError
+from boxinst.structures import Instances
+from boxinst.transforms import eval_resize, restore
+from boxinst.weights import CONFIG_FILE, WEIGHTS_FILE
+
+MASK_PIXELS = 2**28
+"""Bound on boxes × pixels of one image that are held at once, as a byte each."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The size that images have in the network. Masks always come back in the pixels of the image as stored."""
+
+    short_side: int
+    """The shorter side in pixels; 0 leaves images as they are."""
+    max_side: int
+    """Upper bound of the longer side, where ``short_side`` is given."""
+
+    def __post_init__(self) -> None:
+        if self.short_side < 0:
+            raise InputError("--short-side", self.short_side, "Give a side in pixels, or 0 for the images as they are.")
+        if self.max_side < max(self.short_side, 1):
+            raise InputError("--max-side", self.max_side, f"Give at least the short side, {self.short_side} pixels.")
+
+
+def pack(folder: Path) -> dict[str, bytes]:
+    """A model's folder as bytes, so that it reaches workers that share no disk with this process."""
+    return {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+
+
+def unpack(files: Callable[[], Mapping[str, bytes]], *, device: str = "cpu", threads: int = 0) -> CondInst:
+    """Inverse of ``pack``: the model on ``device``.
+
+    Args:
+        files: gives what ``pack`` made; on a cluster it is fetched by the worker.
+        device: where the model runs.
+        threads: CPU threads of torch in this process; 0 leaves them as they are.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files().items():
+            (Path(folder) / name).write_bytes(data)
+        return boxinst.load(folder, device=device)
+
+
+def threads(workers: int) -> int:
+    """Threads of torch for each of ``workers``: a share of this machine's cores, or what a cluster's Ray sets (0)."""
+    return 0 if os.environ.get("RAY_ADDRESS") else max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def segment(
+    model: CondInst, images: Sequence[Tensor], boxes: Sequence[Tensor], resolution: Resolution
+) -> Iterator[tuple[int, slice, Instances]]:
+    """One mask for every given box.
+
+    Args:
+        model: with the prompt head.
+        images: N uint8 RGB [3, H, W].
+        boxes: N float xyxy [n, 4] in the pixels of their image.
+        resolution: in the network.
+
+    Yields:
+        The position of an image, which of its boxes, and their masks in the image's own pixels. An image with many
+        boxes comes in several pieces; together they hold every box once, in order.
+    """
+    resized = [eval_resize(image, resolution.short_side, resolution.max_side) for image in images]
+    scaled = [given * scale for given, (_, scale) in zip(boxes, resized, strict=True)]
+    fits = [k for k in range(len(images)) if len(boxes[k]) <= _at_once(resized[k][0])]
+    together = model.segment([resized[k][0] for k in fits], [scaled[k] for k in fits]) if fits else []
+    for k, found in zip(fits, together, strict=True):
+        yield from _restored(k, 0, found, images[k])
+    for k in sorted(set(range(len(images))) - set(fits)):
+        size = _at_once(resized[k][0])
+        for start in range(0, len(boxes[k]), size):
+            (found,) = model.segment([resized[k][0]], [scaled[k][start : start + size]])
+            yield from _restored(k, start, found, images[k])
+
+
+def detect(
+    model: CondInst, image: Tensor, resolution: Resolution, *, score_threshold: float, max_detections: int
+) -> Instances:
+    """Detections in one image (uint8 RGB [3, H, W]), in its own pixels."""
+    resized, _ = eval_resize(image, resolution.short_side, resolution.max_side)
+    (found,) = model.detect([resized], score_threshold=score_threshold, max_detections=max_detections)
+    return restore(found, *image.shape[1:])
+
+
+def _at_once(image: Tensor) -> int:
+    """How many masks of an image [3, H, W] are held at once."""
+    return max(1, MASK_PIXELS // (image.shape[1] * image.shape[2]))
+
+
+def _restored(k: int, start: int, found: Instances, image: Tensor) -> Iterator[tuple[int, slice, Instances]]:
+    size = _at_once(image)
+    for first in range(0, len(found), size):
+        part = slice(first, first + size)
+        piece = replace(
+            found,
+            boxes=found.boxes[part],
+            scores=found.scores[part],
+            labels=found.labels[part],
+            masks=found.masks[part],
+        )
+        end = start + first + len(piece)
+        yield k, slice(start + first, end), restore(piece, image.shape[1], image.shape[2])

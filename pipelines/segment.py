@@ -1,0 +1,164 @@
+"""Shards and a model become mask rows: one for every given box, whatever happens to the run or to an image."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+
+import boxinst
+from boxinst.errors import InputError
+from pipelines import cluster, inference, maskrows, registry, settings, storage
+from pipelines.inference import Resolution
+from pipelines.schema import Manifest
+from pipelines.segmenter import Segmenter
+
+_COLUMNS = ["image_id", "file_name", "image", "width", "height", "annotation_ids", "boxes", "labels", "crowd"]
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Which boxes to turn into masks, and by which model."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a folder that training wrote."""
+    shards: str
+    """Folder or s3:// prefix that `boxinst shard` wrote."""
+    out: str | None = None
+    """Output folder or s3:// prefix; BOXINST_HOME/masks/<name of the shards' folder> when not given."""
+    coco: str | None = None
+    """Also write COCO results JSON to this file: one entry for every box, with its annotation_id."""
+    short_side: int = 0
+    """Resize images in the network to this shorter side; 0 leaves them as they are. Use the size that the model was
+    trained at. Masks come in the pixels of the images as stored, whatever the size."""
+    max_side: int = 1333
+    """Upper bound of the longer side, where `--short-side` is given."""
+    workers: int = 1
+    """Processes with a copy of the model each. On one machine they share its cores, so 1 is as fast as more."""
+    gpu: bool = False
+    """Run each worker on a GPU of its own."""
+    batch_size: int = 4
+    """Images that a worker takes at a time."""
+    checkpoint_images: int = 64
+    """Images after which a worker's results are written down. A killed run repeats at most this many per worker."""
+    overwrite: bool = False
+    """Replace what the output folder holds of other inputs or options."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "batch_size", "checkpoint_images"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
+        Resolution(self.short_side, self.max_side)
+
+    @property
+    def output(self) -> str:
+        """Where the mask rows go."""
+        return self.out or str(settings.home() / "masks" / self.shards.rstrip("/").rsplit("/", 1)[-1])
+
+
+def run(config: SegmentConfig) -> Manifest:
+    """Write one mask row for every box of the shards, and the manifest last.
+
+    A killed run goes on where it was when it is started again; a finished one is left as it is.
+
+    Returns:
+        The manifest. Its counts: images, boxes, and of these ok, empty and errors.
+
+    Raises:
+        InputError: something about the model, the shards, the output or the cluster that its owner has to change.
+    """
+    shards = storage.read_manifest(config.shards, "shards")
+    folder = registry.resolve(config.model)
+    model = boxinst.load(folder).config
+    if not model.prompt:
+        raise InputError("--model", f"{config.model} takes no boxes (model.prompt is off)", "Train one with it on.")
+    registry.check_classes(model.classes, shards.categories, model=config.model, shards=config.shards)
+    label = registry.identify(config.model)
+    source = {
+        "shards": storage.absolute(config.shards),
+        "shards_hash": shards.hash,
+        "model": label,
+        "model_hash": registry.fingerprint(folder),
+        "short_side": config.short_side,
+        "max_side": config.max_side,
+    }
+    out = config.output
+    _refuse_other(out, source, config.overwrite)
+    manifest = storage.ensure_output(out, "masks", source, overwrite=config.overwrite)
+    if manifest is not None:
+        print(f"{out} holds the masks of these boxes by this model already: nothing to do.", file=sys.stderr)
+        maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
+    else:
+        _segment_images(config, shards, folder)
+        manifest = maskrows.publish(out, config.shards, shards, source)
+    if config.coco:
+        maskrows.write_coco(config.coco, out, manifest)
+    return manifest
+
+
+def _refuse_other(out: str, source: dict[str, Any], overwrite: bool) -> None:
+    """Keep the hours of work of an unfinished run from being cleared by one with other inputs.
+
+    Raises:
+        InputError: the folder was begun with another model, other shards or another resolution.
+    """
+    if overwrite or not storage.exists(storage.join(out, storage.CLAIM)):
+        return
+    begun = json.loads(storage.read_bytes(storage.join(out, storage.CLAIM)))
+    differs = [name for name in source if begun["source"].get(name) != source[name]] if begun["kind"] == "masks" else []
+    if differs:
+        was = ", ".join(f"{name} {begun['source'].get(name)}" for name in differs)
+        raise InputError("--out", f"{out} was begun with {was}", "Give another folder, or `--overwrite`.")
+
+
+def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> None:
+    """Run the model over every image that has no part yet. The rows stay one per image, so none is half written."""
+    cluster.start()
+    cluster.check(config.workers, 1, int(config.gpu))
+    slots = int(ray.cluster_resources()["CPU"])
+    if slots < config.workers + 2:
+        # One to read and write, and one that leaves out the images already done when a run goes on.
+        raise InputError("--workers", f"{config.workers}; the cluster has {slots} CPU", f"Give at most {slots - 2}.")
+    context = ray.data.DataContext.get_current()
+    context.checkpoint_config = _checkpoints(config.output)
+    try:
+        rows = ray.data.read_parquet(
+            storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
+        ).select_columns(_COLUMNS)
+        # A part is written when a worker has done its block, so the blocks set how much a killed run repeats.
+        masks = rows.repartition(target_num_rows_per_block=config.checkpoint_images).map_batches(
+            Segmenter,
+            fn_constructor_kwargs={
+                "load": functools.partial(
+                    inference.unpack,
+                    functools.partial(ray.get, ray.put(inference.pack(folder))),
+                    device="cuda" if config.gpu else "cpu",
+                    threads=inference.threads(config.workers),
+                ),
+                "resolution": Resolution(config.short_side, config.max_side),
+                "exif": shards.exif,
+            },
+            batch_size=config.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            num_cpus=1,
+            num_gpus=int(config.gpu),
+        )
+        fs, path = storage.fs_path(storage.join(config.output, maskrows.PARTS))
+        masks.write_parquet(path, filesystem=fs)
+    finally:
+        context.checkpoint_config = None
+
+
+def _checkpoints(out: str) -> CheckpointConfig:
+    fs, path = storage.fs_path(storage.join(out, maskrows.DONE))
+    return CheckpointConfig(
+        id_column="image_id", checkpoint_path=path, override_filesystem=fs, delete_checkpoint_on_success=False
+    )
