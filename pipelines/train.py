@@ -26,6 +26,7 @@ from boxinst.condinst import CondInst, ModelConfig
 from boxinst.errors import InputError
 from boxinst.weights import load_strict
 from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
+from pipelines.control import Control
 from pipelines.feed import Augmenter, ShardIndex, Stream
 from pipelines.train_config import MAY_CHANGE, TrainConfig
 from pipelines.train_loop import Job, train_loop
@@ -75,7 +76,7 @@ def run(config: TrainConfig) -> TrainResult:
     if (folder / RESULT).is_file():
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
-    cluster.start()
+    cluster.start(log_to_driver=False)  # what the workers have to say reaches the user through Control
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
@@ -177,47 +178,6 @@ def _track(config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_i
 # The workers.
 
 
-class Control:
-    """An actor through which the driver, the training workers and the data tasks of one run tell each other things."""
-
-    def __init__(self) -> None:
-        self._start, self._stop = 0, False
-        self._shown: tuple[int, dict[str, float]] | None = None
-        self._failure: tuple[str, str, str] | None = None
-
-    def resume_at(self, step: int) -> None:
-        """By rank 0, before the first batch: the step that the data must begin at."""
-        self._start = step
-
-    def start(self) -> int:
-        """See ``resume_at``."""
-        return self._start
-
-    def stop(self) -> None:
-        """By the driver: end after the present step."""
-        self._stop = True
-
-    def stopping(self) -> bool:
-        """See ``stop``."""
-        return self._stop
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """By rank 0: how it goes."""
-        self._shown = step, values
-
-    def shown(self) -> tuple[int, dict[str, float]] | None:
-        """See ``show``."""
-        return self._shown
-
-    def fail(self, item: str, value: str, remedy: str) -> None:
-        """By a worker: an InputError met during training."""
-        self._failure = item, value, remedy
-
-    def failure(self) -> tuple[str, str, str] | None:
-        """See ``fail``."""
-        return self._failure
-
-
 def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     config = job.config
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -260,6 +220,9 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         return stream.read(first, min(first + at_once, end))
 
     def make() -> ray.data.Dataset:
+        # This runs in a process of Ray's, with a context of its own.
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
         # Counted from step 0, as the step to begin at is not known yet; tasks beyond the end read nothing.
         tasks = math.ceil(end / at_once)
         return (

@@ -1,0 +1,44 @@
+"""What the processes of one training run tell each other. Imports nothing heavy, as it runs in a process of its own."""
+
+from __future__ import annotations
+
+
+class Control:
+    """A Ray actor that the driver, the training workers and the data tasks of a run all know."""
+
+    def __init__(self) -> None:
+        self._start, self._stop = 0, False
+        self._shown: tuple[int, dict[str, float]] | None = None
+        self._failure: tuple[str, str, str] | None = None
+
+    def resume_at(self, step: int) -> None:
+        """By rank 0, before the first batch: the step that the data must begin at."""
+        self._start = step
+
+    def start(self) -> int:
+        """See ``resume_at``."""
+        return self._start
+
+    def stop(self) -> None:
+        """By the driver: end after the present step."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """See ``stop``."""
+        return self._stop
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """By rank 0: how it goes."""
+        self._shown = step, values
+
+    def shown(self) -> tuple[int, dict[str, float]] | None:
+        """See ``show``."""
+        return self._shown
+
+    def fail(self, item: str, value: str, remedy: str) -> None:
+        """By a worker: an InputError met during training."""
+        self._failure = item, value, remedy
+
+    def failure(self) -> tuple[str, str, str] | None:
+        """See ``fail``."""
+        return self._failure

@@ -1,0 +1,113 @@
+"""pipelines.feed: the stream holds every image once per epoch, in an order anyone can repeat from any position."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from boxinst.transforms import AugmentConfig
+from pipelines import feed
+from pipelines.feed import SAMPLE_SCHEMA, Augmenter, ShardIndex, Stream, batch_from_table, epoch_order
+from pipelines.samples import sample_from_row
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 4, 1], [7] * 30])
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_an_epoch_holds_every_row_once_in_an_order_of_its_own(sizes: list[int], at_once: int) -> None:
+    starts = np.cumsum([0, *sizes])
+    orders = [epoch_order(starts, at_once, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(starts[-1]))
+    assert np.array_equal(orders[0], epoch_order(starts, at_once, 0, 0))
+    if at_once > 1 and starts[-1] > 7:
+        assert not np.array_equal(orders[0], orders[1])
+        assert not np.array_equal(orders[0], orders[2])
+
+
+def test_a_stretch_comes_from_few_row_groups() -> None:
+    starts = np.arange(0, 1001, 10)
+    order = epoch_order(starts, 50, seed=3, epoch=2)
+    for first in range(0, 1000, 50):
+        assert len(set(order[first : first + 50] // 10)) == 5
+
+
+@pytest.fixture(scope="module")
+def index(shards: dict[str, str]) -> ShardIndex:
+    return ShardIndex.open(shards["train"])
+
+
+def test_any_rows_can_be_read_in_any_order(index: ShardIndex) -> None:
+    every = index.read(np.arange(len(index)))["image_id"].to_pylist()
+    wanted = [3, 0, 3, len(index) - 1]
+    assert index.read(np.array(wanted))["image_id"].to_pylist() == [every[k] for k in wanted]
+    assert len(index.read(np.array([], dtype=np.int64))) == 0
+
+
+def test_the_stream_is_the_same_from_every_position(index: ShardIndex) -> None:
+    stream, size = Stream(index, seed=5), len(index)
+    whole = stream.read(0, 3 * size).select(["image_id", "epoch"]).to_pylist()
+    for epoch in range(3):
+        seen = Counter(row["image_id"] for row in whole if row["epoch"] == epoch)
+        assert seen == Counter(index.read(np.arange(size))["image_id"].to_pylist())
+    for start, stop in ((0, 1), (size - 2, size + 3), (5, 5), (size, 3 * size), (9, 8)):
+        assert stream.read(start, stop).select(["image_id", "epoch"]).to_pylist() == whole[start:stop]
+
+
+def augmenter(**changes: object) -> Augmenter:
+    return replace(Augmenter(AugmentConfig(crop=64), 1, "stored", True, 0), **changes)  # type: ignore[arg-type]
+
+
+def test_augmentation_follows_seed_epoch_and_image_alone(index: ShardIndex) -> None:
+    table = Stream(index, 0).read(0, 6)
+    together = augmenter()(table)
+    assert together.schema.equals(SAMPLE_SCHEMA)
+    alone = pa.concat_tables([augmenter()(table.slice(k, 1)) for k in reversed(range(6))])
+    assert alone.to_pylist() == together.to_pylist()[::-1]
+
+    column = table.schema.get_field_index("epoch")
+    later = table.set_column(column, table.schema.field(column), pa.array([1] * 6, pa.int64()))
+    assert augmenter()(later)["pixels"] != together["pixels"]
+    assert augmenter(seed=2)(table)["pixels"] != together["pixels"]
+
+
+def test_samples_reach_the_batch_unchanged(index: ShardIndex) -> None:
+    table = Stream(index, 0).read(0, 3)
+    plain = augmenter(config=AugmentConfig(hflip=False))
+    batch, sizes = batch_from_table(plain(table))
+    assert sizes == [(96, 96)] * 3
+    assert batch.valid.all()
+    for k, row in enumerate(table.to_pylist()):
+        image, targets, image_id = sample_from_row(row)
+        assert batch.image_ids[k] == image_id
+        assert torch.equal(batch.images[k], image)
+        for name in ("boxes", "labels", "ids", "tight", "has_mask", "masks"):
+            assert torch.equal(getattr(batch.targets[k], name), getattr(targets, name)), name
+
+
+def test_boxes_alone_and_the_bottom_rows(index: ShardIndex) -> None:
+    config = AugmentConfig(hflip=False, short_sides=(48,))
+    table = augmenter(config=config, with_masks=False, bottom_pixels=10)(Stream(index, 0).read(0, 2))
+    batch, sizes = batch_from_table(table)
+    assert sizes == [(48, 48)] * 2
+    assert batch.images.shape == (2, 3, 64, 64)  # padded to the network's stride
+    assert [t.masks for t in batch.targets] == [None, None]
+    assert batch.valid[0].nonzero().amax(0).tolist() == [48 - 5 - 1, 47]  # 10 rows of 96 are 5 of 48
+
+
+def test_crowds_are_not_trained_on(index: ShardIndex) -> None:
+    row = Stream(index, 0).read(0, 1).to_pylist()[0]
+    row["crowd"] = [True, *row["crowd"][1:]]
+    sample = augmenter(config=AugmentConfig(hflip=False)).sample(row)
+    assert list(sample["annotation_ids"]) == row["annotation_ids"][1:]
+
+
+def test_large_images_are_read_few_at_a_time(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert index.rows_at_once == feed.READ_ROWS
+    per_row = sum(f.bytes for f in index.manifest.files) / len(index)
+    monkeypatch.setattr(feed, "READ_BYTES", int(3.5 * per_row))
+    assert index.rows_at_once == 3
