@@ -103,7 +103,8 @@ def _explain(uri: str) -> None:
     item, where = f"s3://{bucket}", _endpoint() or "AWS"
     try:
         config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
-        client = boto3.client("s3", region_name=_region() or "us-east-1", endpoint_url=_endpoint(), config=config)
+        session = boto3.Session()  # reads the credentials as they are now
+        client = session.client("s3", region_name=_region() or "us-east-1", endpoint_url=_endpoint(), config=config)
         client.list_objects_v2(Bucket=bucket, MaxKeys=1)
     except NoCredentialsError:
         raise InputError(item, "no credentials", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.") from None
