@@ -120,7 +120,7 @@ def run(config: ReviewConfig) -> Review:
     selection = select(config.masks, masks, limit=config.limit, audit=config.audit, seed=config.seed)
     dataset = _open(config, shards, masks)
     review = _fill(dataset, config, shards, masks, selection)
-    _save_views(dataset)
+    _save_views(dataset, anew=bool(review.added or review.updated))
     _set_label_schema(dataset, [c.name for c in shards.categories])
     if config.app:
         print(review, flush=True)
@@ -210,7 +210,7 @@ def _fill(dataset: Any, config: ReviewConfig, shards: Manifest, masks: Manifest,
     if changed:
         view = dataset.select(list(changed), ordered=True)
         for field, which in ((GIVEN, 0), (MASKS, 1)):
-            view.set_values(f"{field}.detections", [lists[which] for lists in changed.values()])
+            view.set_values(field, [_fiftyone().Detections(detections=lists[which]) for lists in changed.values()])
 
     moved: dict[str, str] = {}
     wanted = {i for i in rows if i not in present or not Path(present[i][1]).is_file()}
@@ -319,23 +319,29 @@ def _touched(box: Any, label: Any) -> bool:
 # --- the App --------------------------------------------------------------------------------------------------------
 
 
-def _save_views(dataset: Any) -> None:
-    """One mask per tile. Views that exist stay: they follow the labels by themselves."""
+def _save_views(dataset: Any, *, anew: bool) -> None:
+    """Save what a reviewer looks at. ``anew`` is for labels that have changed: tiles are made when they are saved.
+
+    The queue and the random sample show one mask per tile; the others show images, and follow the verdicts.
+    """
     fo = _fiftyone()
     F = fo.ViewField
-    labels = {
-        "worst first": None,
-        "audit sample": F("audit") == True,  # noqa: E712  # an expression, not a comparison
-        "accepted": F("tags").contains("accept"),
-        "rejected": F("tags").contains("reject"),
-        "to fix": F("tags").contains("fix"),
+    views = {
+        "accepted": dataset.filter_labels(MASKS, F("tags").contains("accept")),
+        "rejected": dataset.filter_labels(MASKS, F("tags").contains("reject")),
+        "to fix": dataset.filter_labels(MASKS, F("tags").contains("fix")),
     }
-    labels |= {f"class {name}": F("label") == name for name in sorted(dataset.distinct(f"{GIVEN}.detections.label"))}
+    for name in sorted(dataset.distinct(f"{GIVEN}.detections.label")):
+        views[f"class {name}"] = dataset.filter_labels(MASKS, F("label") == name)
     existing = set(dataset.list_saved_views())
-    for name, which in labels.items():
+    if anew or "worst first" not in existing:
+        drawn = dataset.filter_labels(MASKS, F("audit") == True)  # noqa: E712  # an expression, not a comparison
+        for name, labels in {"worst first": dataset, "audit sample": drawn}.items():
+            tiles = labels.to_patches(MASKS).sort_by(f"{MASKS}.box_iou")
+            dataset.save_view(name, tiles, overwrite=True)
+    for name, view in views.items():
         if name not in existing:
-            found = dataset if which is None else dataset.filter_labels(MASKS, which)
-            dataset.save_view(name, found.to_patches(MASKS).sort_by(f"{MASKS}.box_iou"))
+            dataset.save_view(name, view)
 
 
 def _set_label_schema(dataset: Any, classes: Sequence[str]) -> None:
@@ -372,7 +378,12 @@ def _check_port(address: str, port: int) -> None:
 
 def _serve(dataset: Any, config: ReviewConfig) -> None:
     """Open the App and block until Ctrl-C."""
-    session = _fiftyone().launch_app(dataset, address=config.address, port=config.port, remote=True, auto=False)
+    fo = _fiftyone()
+    options = {"address": config.address, "port": config.port, "remote": True, "auto": False}
+    try:
+        session = fo.launch_app(dataset, **options)
+    except fo.core.service.ServiceListenTimeout:  # after a minute; a second start finds the files in memory
+        session = fo.launch_app(dataset, **options)
     print(f"Review at http://{config.address}:{config.port}/datasets/{dataset.slug} (Ctrl-C ends it)", flush=True)
     try:
         session.wait(-1)
@@ -387,7 +398,7 @@ def _serve(dataset: Any, config: ReviewConfig) -> None:
 
 def verdicts(dataset: Any) -> dict[str, int]:
     """Number of labels per verdict; of several verdicts on a label the strictest counts."""
-    said = [strictest(tags) for tags in dataset.values(f"{MASKS}.detections.tags", unwind=True)]
+    said = [strictest(tags) for labels in dataset.values(f"{MASKS}.detections.tags") for tags in labels or ()]
     return {verdict: said.count(verdict) for verdict in VERDICTS}
 
 
