@@ -11,12 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
+from pipelines import review
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the review dataset that ``argv`` asks for, and open it where asked."""
-    from pipelines import review
-
     config = options.parse(review.ReviewConfig, argv, command="review", about=__doc__)
     result = review.run(config)
     print(result)

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
+from pipelines import segment
 
 
 def main(argv: Sequence[str]) -> int:
     """Segment as ``argv`` asks."""
-    from pipelines import segment
-
     config = options.parse(segment.SegmentConfig, argv, command="segment", about=__doc__)
     manifest = segment.run(config)
     n = manifest.counts

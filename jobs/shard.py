@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
+from pipelines import shards
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the shards that ``argv`` asks for."""
-    from pipelines import shards
-
     config = options.parse(shards.ShardConfig, argv, command="shard", about=__doc__)
     manifest = shards.run(config)
     n = manifest.counts

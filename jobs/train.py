@@ -13,12 +13,11 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
+from pipelines import train
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as ``argv`` asks."""
-    from pipelines import train
-
     config = options.parse(train.TrainConfig, argv, command="train", about=__doc__)
     result = train.run(config)
     if result.status == "finished before":
