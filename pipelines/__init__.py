@@ -1,0 +1,1 @@
+"""The distributed flow: stages that meet through artefacts alone, and the leaves they share."""
