@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
+from boxinst import rle
 from boxinst.transforms import AugmentConfig
-from pipelines import feed
+from pipelines import feed, storage
 from pipelines.feed import SAMPLE_SCHEMA, Augmenter, ShardIndex, Stream, batch_from_table, epoch_order
 from pipelines.samples import sample_from_row
+from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 
 
 @pytest.mark.parametrize("sizes", [[5], [3, 4, 1], [7] * 30])
@@ -36,9 +42,45 @@ def test_a_stretch_comes_from_few_row_groups() -> None:
         assert len(set(order[first : first + 50] // 10)) == 5
 
 
+def image_row(image_id: int) -> dict[str, Any]:
+    """A noisy image with two instances, of which the first has a mask."""
+    rng = np.random.default_rng(image_id)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(buffer, format="png")
+    mask = torch.zeros(1, 96, 96, dtype=torch.bool)
+    mask[0, 10:40, 20 : 50 + image_id] = True
+    return {
+        "image_id": image_id - 5,  # ids may be negative
+        "file_name": f"{image_id}.png",
+        "image": buffer.getvalue(),
+        "width": 96,
+        "height": 96,
+        "annotation_ids": [10 * image_id, 10 * image_id + 1],
+        "boxes": [[20, 10, 50 + image_id, 40], [60.5, 50, 90, 80.25]],
+        "labels": [0, 1],
+        "masks": [rle.encode(mask)[0], None],
+        "crowd": [False, False],
+    }
+
+
 @pytest.fixture(scope="module")
-def index(shards: dict[str, str]) -> ShardIndex:
-    return ShardIndex.open(shards["train"])
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """13 images in 2 files of 2 row groups each."""
+    out = str(tmp_path_factory.mktemp("shards") / "s")
+    rows = [image_row(k) for k in range(13)]
+    files = []
+    for name, cuts in (("a.parquet", (0, 4, 6)), ("b.parquet", (6, 12, 13))):
+        groups = [pa.Table.from_pylist(rows[i:j], schema=SHARD_SCHEMA) for i, j in pairwise(cuts)]
+        files.append(storage.write_parquet(f"{out}/{name}", groups, SHARD_SCHEMA))
+    manifest = Manifest("shards", [Category(1, "x"), Category(2, "y")], files, {"images": 13, "boxes": 26})
+    storage.write_manifest(out, manifest)
+    return ShardIndex.open(out)
+
+
+def test_the_index_knows_every_row_group(index: ShardIndex) -> None:
+    assert len(index) == 13
+    assert index.starts.tolist() == [0, 4, 6, 12, 13]
+    assert index.read(np.arange(13))["file_name"].to_pylist() == [f"{k}.png" for k in range(13)]
 
 
 def test_any_rows_can_be_read_in_any_order(index: ShardIndex) -> None:
