@@ -1,0 +1,295 @@
+"""pipelines.train: a run trains, tracks and registers; broken and resumed it ends where an unbroken one does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+import boxinst
+from boxinst.condinst import ModelConfig
+from boxinst.criterion import LossConfig
+from boxinst.errors import InputError
+from boxinst.transforms import AugmentConfig
+from pipelines import registry, settings, storage
+from pipelines.schema import Category
+from pipelines.train import TrainConfig, TrainResult, run
+
+STEPS = 5
+
+TINY = ModelConfig(
+    backbone="resnet18",
+    width=16,
+    fpn_channels=16,
+    detect=False,
+    mask_stride=4,
+    mask_branch_channels=16,
+    mask_branch_layers=1,
+    contrast_stretch=(1.0, 99.0),
+)
+
+
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home folder that the trained runs of this module share."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("BOXINST_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def config(shards: dict[str, str], module_home: Path) -> TrainConfig:
+    """5 steps on 12 images in batches of 4, so that it ends in the middle of the second epoch."""
+    return TrainConfig(
+        shards=shards["train"],
+        name="whole",
+        model=TINY,
+        loss=LossConfig(warmup_steps=3),
+        augment=AugmentConfig(crop=64),
+        steps=STEPS,
+        batch_size=4,
+        lr_warmup_steps=1,
+        log_every=2,
+        precision="fp32",
+        cpus_per_worker=1,
+        checkpoint_every=1,
+        data_workers=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, shards: dict[str, str]) -> TrainResult:
+    """An unbroken run, validated in the middle and at the end."""
+    return run(replace(config, val=shards["val"], eval_every=3))
+
+
+def weights(result: TrainResult) -> dict[str, torch.Tensor]:
+    return load_file(Path(result.model) / "model.safetensors")
+
+
+def when_a_checkpoint_is_there(name: str, act: object) -> threading.Thread:
+    """Calls ``act`` once the run called ``name`` has a checkpoint."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 240
+        while not list((settings.home() / "runs" / name).glob("checkpoint_*/state.json")):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        act()  # type: ignore[operator]
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_ends_with_a_model_that_segments(whole: TrainResult, config: TrainConfig, shards: dict[str, str]) -> None:
+    assert (whole.status, whole.steps, whole.resumed_from) == ("finished", STEPS, 0)
+    model = boxinst.load(whole.model)
+    categories = storage.read_manifest(shards["train"]).categories
+    assert model.config == replace(TINY, classes=tuple(c.name for c in categories))
+    (found,) = model.segment([torch.zeros(3, 64, 64, dtype=torch.uint8)], [torch.tensor([[8.0, 8, 40, 40]])])
+    assert found.masks.shape == (1, 64, 64)
+    assert all(tensor.isfinite().all() for tensor in weights(whole).values())
+    assert whole.version == "models:/whole/1"
+    assert torch.equal(
+        load_file(registry.resolve(whole.version) / "model.safetensors")["fpn.lateral.0.weight"],
+        weights(whole)["fpn.lateral.0.weight"],
+    )
+
+
+def test_mlflow_holds_all_that_makes_the_run_repeatable(
+    whole: TrainResult, config: TrainConfig, shards: dict[str, str], module_home: Path
+) -> None:
+    client = MlflowClient(tracking_uri=settings.mlflow_uri())
+    kept = client.get_run(whole.run_id)
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params["learning_rate"] == str(config.learning_rate)
+    assert kept.data.params["loss.warmup_steps"] == "3"
+    assert kept.data.params["shards_hash"] == storage.read_manifest(shards["train"]).hash
+
+    def steps_of(metric: str) -> list[int]:
+        return [m.step for m in client.get_metric_history(whole.run_id, metric)]
+
+    for term in (
+        "loss",
+        "projection",
+        "pairwise",
+        "dice",
+        "grad_norm",
+        "learning_rate",
+        "images_per_second",
+        "data_wait",
+    ):
+        assert steps_of(f"train/{term}") == [2, 4, STEPS], term
+    assert 0 <= kept.data.metrics["train/data_wait"] <= 1
+    for name in ("mask_iou", "mask_ap", "box_iou", "spill", "fill_over_95", "fill_under_05"):
+        assert steps_of(f"val/{name}") == [3, STEPS], name
+        assert whole.metrics[name] == kept.data.metrics[f"val/{name}"]
+    pictures = [a.path for a in client.list_artifacts(whole.run_id, "validation")]
+    assert pictures == [f"validation/{step:07d}.png" for step in (3, STEPS)]
+
+
+def test_only_the_latest_checkpoints_are_kept_and_none_is_pickled(whole: TrainResult) -> None:
+    folders = sorted((settings.home() / "runs" / "whole").glob("checkpoint_*"))
+    assert [f.name for f in folders] == [f"checkpoint_{step:08d}" for step in (STEPS - 1, STEPS)]
+    assert {p.suffix for f in folders for p in f.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: TrainConfig) -> None:
+    started = time.monotonic()
+    again = run(replace(config, eval_every=1, minutes=5))
+    assert again == replace(whole, status="finished before")
+    assert time.monotonic() - started < 5
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_the_resumed_run_ends_where_an_unbroken_one_does(
+    whole: TrainResult, config: TrainConfig
+) -> None:
+    broken = replace(config, name="broken", register=False)
+    thread = when_a_checkpoint_is_there("broken", lambda: os.kill(os.getpid(), signal.SIGINT))
+    stopped = run(broken)
+    thread.join()
+    client = MlflowClient(tracking_uri=settings.mlflow_uri())
+    assert stopped.status == "stopped"
+    assert 1 <= stopped.steps < STEPS
+    assert client.get_run(stopped.run_id).info.status == "KILLED"
+    assert boxinst.load(stopped.model).config.backbone == "resnet18"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    resumed = run(broken)
+    assert (resumed.status, resumed.steps, resumed.resumed_from) == ("finished", STEPS, stopped.steps)
+    assert resumed.run_id == stopped.run_id
+    assert resumed.version == ""
+    assert client.get_run(stopped.run_id).info.status == "FINISHED"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+@pytest.mark.slow
+def test_two_workers_stay_in_step_and_survive_the_death_of_one(config: TrainConfig, shards: dict[str, str]) -> None:
+    def kill_a_worker() -> None:
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[1].kill()
+
+    thread = when_a_checkpoint_is_there("pair", kill_a_worker)
+    result = run(replace(config, name="pair", workers=2, val=shards["val"], register=False))
+    thread.join()
+    assert (result.status, result.steps) == ("finished", STEPS)
+    assert 1 <= result.resumed_from < STEPS
+    assert result.metrics["instances"] > 0
+    assert all(tensor.isfinite().all() for tensor in weights(result).values())
+
+
+@pytest.mark.slow
+def test_fine_tuning_takes_the_network_over_and_the_time_limit_stops(
+    whole: TrainResult, config: TrainConfig, shards: dict[str, str]
+) -> None:
+    tuned = replace(
+        config,
+        name="tuned",
+        init=whole.version,
+        shards=shards["train_boxes"],
+        model=ModelConfig(),
+        minutes=1e-6,
+        learning_rate=1e-9,
+        weight_decay=0,
+        ema_decay=0,
+    )
+    result = run(tuned)
+    assert (result.status, result.steps, result.version) == ("stopped", 1, "")
+    before = weights(whole)
+    for name, tensor in weights(result).items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.allclose(tensor, before[name], atol=1e-6), name
+
+
+# Bad input: refused before Ray starts, by item, value and remedy.
+
+
+def other(shards: str, out: Path, **changes: object) -> str:
+    """A copy of a shard set whose manifest says something else."""
+    shutil.copytree(shards, out)
+    storage.write_manifest(str(out), replace(storage.read_manifest(shards), **changes))  # type: ignore[arg-type]
+    return str(out)
+
+
+def refused(config: TrainConfig, item: str, value: str, remedy: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run(config)
+    assert caught.value.item == item
+    assert value in str(caught.value.value)
+    assert remedy in caught.value.remedy
+
+
+def test_more_workers_than_the_cluster_has(config: TrainConfig) -> None:
+    refused(replace(config, name="many", workers=50, batch_size=50), "--workers", "50", "Give at most 3")
+
+
+def test_shards_that_are_not_there(config: TrainConfig, tmp_path: Path) -> None:
+    refused(replace(config, shards=str(tmp_path / "none")), "shards folder", "does not exist", "Correct the path")
+    (tmp_path / "empty").mkdir()
+    refused(replace(config, shards=str(tmp_path / "empty")), "shards folder", "no manifest", "boxinst shard")
+
+
+def test_shards_of_a_newer_version(config: TrainConfig, tmp_path: Path) -> None:
+    newer = other(config.shards, tmp_path / "s", schema_version=99)
+    refused(replace(config, shards=newer), f"{newer}/manifest.json", "schema version 99", "Upgrade")
+
+
+def test_shards_without_boxes(config: TrainConfig, tmp_path: Path) -> None:
+    manifest = storage.read_manifest(config.shards)
+    bare = other(config.shards, tmp_path / "s", counts={**manifest.counts, "boxes": 0})
+    refused(replace(config, shards=bare), "--shards", "no boxes", "labelled boxes")
+
+
+def test_validation_shards_of_other_classes(config: TrainConfig, shards: dict[str, str], tmp_path: Path) -> None:
+    foreign = other(shards["val"], tmp_path / "s", categories=[Category(1, "mouse")])
+    refused(replace(config, val=foreign), "--val", "mouse", "shards of the same classes")
+
+
+def test_a_model_that_does_not_exist(config: TrainConfig) -> None:
+    refused(replace(config, name="x", init="models:/nobody@champion"), "model", "nobody", "boxinst train")
+
+
+def test_an_initial_model_of_another_network_or_class_list(config: TrainConfig, tmp_path: Path) -> None:
+    classes = tuple(c.name for c in storage.read_manifest(config.shards).categories)
+    for name, its_classes in (("same", classes), ("less", classes[:-1])):
+        boxinst.save(boxinst.CondInst(replace(TINY, classes=its_classes)), tmp_path / name)
+    wider = replace(config, name="x", init=str(tmp_path / "same"), model=replace(TINY, width=32))
+    refused(wider, "--model.width", "32", "leave the options of `model` alone")
+    refused(replace(config, name="x", init=str(tmp_path / "less")), "model", classes[0], "trained on these classes")
+
+
+def test_class_names_that_are_not_those_of_the_shards(config: TrainConfig) -> None:
+    foreign = replace(config, name="x", model=replace(TINY, classes=("mouse",)))
+    refused(foreign, "--model.classes", "mouse", "leave it empty")
+
+
+def test_a_run_is_not_resumed_with_another_network_schedule_or_corpus(
+    whole: TrainResult, config: TrainConfig, shards: dict[str, str]
+) -> None:
+    refused(replace(config, steps=9), "--steps", "9, but the run whole has 5", "--steps 5")
+    wider = replace(config, model=replace(TINY, width=32))
+    refused(wider, "--model.width", "32, but the run whole has 16", "another --name")
+    refused(replace(config, shards=shards["train_boxes"]), "--shards", "hash", "another --name")
+
+
+def test_a_name_whose_folder_holds_something_else(config: TrainConfig, module_home: Path) -> None:
+    (module_home / "runs" / "mine").mkdir(parents=True)
+    (module_home / "runs" / "mine" / "notes.txt").write_text("")
+    refused(replace(config, name="mine"), "--name", "something else", "another name")
