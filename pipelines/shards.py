@@ -110,6 +110,7 @@ def run(config: ShardConfig) -> Manifest:
     if finished is not None:
         print(f"{config.output} holds the shards of these inputs already: nothing to do.", file=sys.stderr)
         return finished
+    storage.clear(config.output, keep=[storage.CLAIM])  # what a killed run has left
     done = _write_shards(corpus, files, config)
     manifest = _reconcile(corpus, done, config, source)
     storage.write_manifest(config.output, manifest)
@@ -296,9 +297,10 @@ def _reconcile(corpus: Corpus, done: list[dict[str, Any]], config: ShardConfig, 
     for row in done:
         kept.update(json.loads(row["counts"]))
     if not kept["images"]:
-        reasons = Counter(r["reason"] for r in rejects if r["kind"] == "image")
+        bad = [r for r in rejects if r["kind"] == "image"]
+        reasons = Counter(r["reason"] for r in bad)
         value = f"none of {corpus.entered_images} can be used: " + ", ".join(f"{n} {r}" for r, n in reasons.items())
-        raise InputError("--images", value, f"The first: {rejects[-1]['file_name']}: {rejects[-1]['value']}.")
+        raise InputError("--images", value, f"The first: {bad[0]['file_name']}: {bad[0]['value']}.")
     how = Counter((r["kind"], r["action"]) for r in rejects)
     counts = {name: kept[name] for name in ("images", "images_without_boxes", "boxes", "masks")}
     counts |= {

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -206,12 +206,13 @@ def list_files(uri: str) -> dict[str, pafs.FileInfo]:
     return {name: files[name] for name in sorted(files) if name}
 
 
-def clear(uri: str) -> None:
-    """Remove everything in a folder."""
+def clear(uri: str, *, keep: Collection[str] = ()) -> None:
+    """Remove what is in a folder, except the names in ``keep``."""
     with explained(uri):
         fs, path = fs_path(uri)
-        if fs.get_file_info(path).type != pafs.FileType.NotFound:
-            fs.delete_dir_contents(path)
+        for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+            if info.base_name not in keep:
+                (fs.delete_dir if info.type == pafs.FileType.Directory else fs.delete_file)(info.path)
 
 
 def sync_to_local(uris: Sequence[str], cache: str | Path, *, threads: int = 16) -> list[str]:
