@@ -196,6 +196,9 @@ class CondInst(nn.Module):
         pretrained: fetch ``config.backbone_weights``; False where all weights are about to be loaded.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: ModelConfig, *, pretrained: bool = True) -> None:
         super().__init__()
         self.config = config

@@ -42,8 +42,7 @@ class HeadShape:
         biases = [o for _, o in self.widths]
         parts = parameters.split(weights + biases, dim=1)
         return [
-            (parts[k].unflatten(1, (o, i)), parts[self.layers + k].unsqueeze(2))
-            for k, (i, o) in enumerate(self.widths)
+            (parts[k].unflatten(1, (o, i)), parts[self.layers + k].unsqueeze(2)) for k, (i, o) in enumerate(self.widths)
         ]
 
 

@@ -49,7 +49,7 @@ class ResNet(resnet.ResNet):
         if width != 64:  # torchvision fixes the stem at 64 channels, so a slimmer trunk is laid here
             self.inplanes = width
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-            self.bn1 = norm(width)  # type: ignore[assignment]
+            self.bn1 = norm(width)
             stages = [
                 self._make_layer(block, width * 2**k, count, stride=1 if k == 0 else 2)
                 for k, count in enumerate(layers)
@@ -60,7 +60,7 @@ class ResNet(resnet.ResNet):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.channels = {1: width, **{level: width * 2 ** (level - 2) * block.expansion for level in (2, 3, 4, 5)}}
 
-    def forward(self, x: Tensor) -> dict[int, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
         """[N, 3, H, W] → features by level: 1 (the stem, stride 2), 2, 3, 4, 5 (stride 32)."""
         stem = self.relu(self.bn1(self.conv1(x)))
         c2 = self.layer1(self.maxpool(stem))
@@ -123,10 +123,13 @@ class DenseHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, num_parameters: int, *, layers: int) -> None:
         super().__init__()
 
+        # 32 groups of the published 256 channels; fewer in slim heads, as a group of one value cannot be normalised.
+        groups = math.gcd(32, max(channels // 8, 1))
+
         def tower() -> nn.Sequential:
             parts: list[nn.Module] = []
             for _ in range(layers):
-                parts += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(math.gcd(32, channels), channels)]
+                parts += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels)]
                 parts += [nn.ReLU(inplace=True)]
             return nn.Sequential(*parts)
 

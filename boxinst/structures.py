@@ -115,11 +115,11 @@ class Batch:
     """N entries; their masks are [n, H, W] with the padded H and W."""
     image_ids: list[int]
     """N entries."""
-    sizes: list[tuple[int, int]] = field(default=None)  # type: ignore[assignment]
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     """N entries (height, width) before padding; the padded size when not given."""
 
     def __post_init__(self) -> None:
-        if self.sizes is None:
+        if not self.sizes:
             self.sizes = [(self.images.shape[2], self.images.shape[3])] * len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:

@@ -176,7 +176,7 @@ def collate(
         if target.masks is not None:
             target = replace(target, masks=F.pad(target.masks, (0, width - w, 0, height - h)))
         padded.append(target)
-    return Batch(pixels, valid, padded, list(image_ids))
+    return Batch(pixels, valid, padded, list(image_ids), [(image.shape[1], image.shape[2]) for image in images])
 
 
 def eval_resize(image: Tensor, short_side: int, max_side: int = 1333) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def _read_backbone(backbone: str, weights: str) -> dict[str, Tensor]:
     options = get_model_weights(backbone)
     names = {w.name: w for w in options}
     if weights == "imagenet":
-        return options.DEFAULT.get_state_dict(progress=True, check_hash=True)  # type: ignore[attr-defined]
+        return options.DEFAULT.get_state_dict(progress=True, check_hash=True)
     if weights in names:
         return names[weights].get_state_dict(progress=True, check_hash=True)
     raise InputError(

@@ -1,0 +1,166 @@
+"""The training loss: boxes, masks and mixes of both; crops, empty batches and the warm-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses
+from boxinst.criterion import Criterion, LossConfig
+from boxinst.dynamic import box_masks, dynamic_masks, upsample
+from boxinst.predict import prompt_coordinates
+
+TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
+TINY |= {"mask_branch_channels": 8, "mask_branch_layers": 1, "dense_layers": 1}
+CONFIG = ModelConfig(classes=("a", "b"), mask_stride=4, **TINY)
+LOSS = LossConfig(warmup_steps=10)
+
+
+@pytest.fixture(scope="module")
+def model() -> CondInst:
+    torch.manual_seed(0)
+    return CondInst(CONFIG).eval()  # eval: batch statistics would couple the images of a batch
+
+
+def targets(masks: str = "none", seed: int = 0) -> Targets:
+    """Three boxes in a 64×64 image, with masks for none, some or all of them."""
+    boxes = torch.tensor([[4.0, 6, 30, 40], [20, 8, 60, 50], [40, 40, 62, 63]])
+    labels = torch.tensor([0, 1, 1])
+    if masks == "none":
+        return Targets(boxes, labels)
+    g = torch.Generator().manual_seed(seed)
+    truth = box_masks(boxes, (64, 64), 1) & (torch.rand(3, 64, 64, generator=g) > 0.3)
+    has = torch.tensor([True, masks == "all", masks == "all"])
+    return Targets(boxes, labels, truth & has[:, None, None], has)
+
+
+def batch(*all_targets: Targets, seed: int = 0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    count = len(all_targets)
+    # Smooth images, so that there are colour edges above the threshold.
+    coarse = torch.rand(count, 3, 8, 8, generator=g) * 255
+    images = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear").to(torch.uint8)
+    valid = torch.ones(count, 64, 64, dtype=torch.bool)
+    return Batch(images, valid, list(all_targets), list(range(count)))
+
+
+def run(model: CondInst, data: Batch, loss: LossConfig = LOSS, step: int = 100) -> dict[str, torch.Tensor]:
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    return Criterion(model.config, loss)(outputs, data, step)
+
+
+def test_terms_add_up_and_every_parameter_gets_a_gradient(model):
+    model.zero_grad()
+    terms = run(model, batch(targets("some"), targets()))
+    loss = terms.pop("loss")
+    assert set(terms) == {
+        *("projection", "pairwise", "dice", "detect_projection", "detect_pairwise", "detect_dice"),
+        *("cls", "box", "centerness"),
+    }
+    torch.testing.assert_close(loss.detach(), sum(terms.values()))
+    assert all(float(v) > 0 for v in terms.values())
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["no boxes", "crowd", "cut", "tiny"])
+def test_batches_without_usable_instances_train_on(model, kind):
+    model.zero_grad()
+    empty = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    one = torch.tensor([[3.0, 3, 40, 40]])
+    data = {
+        "no boxes": empty,
+        "crowd": Targets(one, torch.tensor([0]), crowd=torch.tensor([True])),
+        "cut": Targets(one, torch.tensor([0]), tight=torch.tensor([False])),
+        "tiny": Targets(torch.tensor([[5.1, 5.1, 5.2, 5.2]]), torch.tensor([0])),
+    }[kind]
+    terms = run(model, batch(data, empty))
+    assert bool(terms["loss"].isfinite())
+    terms["loss"].backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    if kind != "tiny":
+        assert float(terms["projection"]) == 0
+        assert float(terms["pairwise"]) == 0
+
+
+def test_prompt_terms_equal_the_whole_map(model):
+    """With a margin as wide as the image the windows are the whole map, where the terms are those of the losses."""
+    data = batch(targets("some"), targets())
+    terms = run(model, data, LossConfig(warmup_steps=10, prompt_margin=64))
+    with torch.no_grad():
+        out = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    boxes = torch.cat([t.boxes for t in data.targets])
+    points, scales = prompt_coordinates(boxes)
+    index = [0, 0, 0, 1, 1, 1]
+    coarse = dynamic_masks(out.mask_features, index, out.prompt, points, scales, head=CONFIG.head, stride=4)
+    logits = upsample(coarse, 2)
+    inside = box_masks(boxes, (32, 32), 2)
+    by_box = torch.tensor([False, True, True, True, True, True])
+    similarity = losses.color_similarity(data.images, data.valid, stride=2)
+    pairwise = losses.pairwise_loss(logits[by_box], similarity, inside[by_box], image_index=torch.tensor(index)[by_box])
+    truth = data.targets[0].masks[:1, 1::2, 1::2]
+    torch.testing.assert_close(terms["projection"], losses.projection_loss(logits[by_box], inside[by_box]) * 5 / 6)
+    torch.testing.assert_close(terms["pairwise"], pairwise * 5 / 6, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["dice"], losses.dice_loss(logits[:1], truth) / 6)
+
+
+def test_the_order_of_instances_does_not_matter(model):
+    t = targets("some")
+    a = run(model, batch(t, targets()))
+    b = run(model, batch(t[torch.tensor([2, 0, 1])], targets()))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_that_are_not_labels_change_nothing(model):
+    t = targets("some")
+    assert t.masks is not None
+    noisy = Targets(t.boxes, t.labels, t.masks.clone(), t.has_mask)
+    noisy.masks[1:] = True  # type: ignore[index]
+    for name, value in run(model, batch(t)).items():
+        torch.testing.assert_close(run(model, batch(noisy))[name], value)
+
+
+def test_full_supervision_uses_the_dice_alone(model):
+    terms = run(model, batch(targets("all")))
+    assert float(terms["projection"]) == 0
+    assert float(terms["pairwise"]) == 0
+    assert float(terms["dice"]) > 0
+
+
+def test_warmup_is_a_function_of_the_step(model):
+    data = batch(targets())
+    full = float(run(model, data, step=9)["pairwise"])
+    assert float(run(model, data, step=4)["pairwise"]) == pytest.approx(full / 2, rel=1e-4)
+    assert float(run(model, data, step=999)["pairwise"]) == pytest.approx(full, rel=1e-4)
+
+
+def test_invalid_pixels_take_no_part_in_colour_edges(model):
+    data = batch(targets())
+    data.valid[:] = False
+    assert float(run(model, data)["pairwise"]) == 0
+    assert float(run(model, data)["projection"]) > 0
+
+
+def test_a_step_of_training_lowers_the_loss():
+    torch.manual_seed(1)
+    model = CondInst(CONFIG).train()
+    data = batch(targets("some"), targets())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(12):
+        loss = run(model, data)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss.detach()))
+    assert history[-1] < 0.97 * history[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("color_threshold", 1.5), ("kernel_size", 4), ("dilation", 0), ("pairwise_weight", -1), ("theta", 0)],
+)
+def test_config_errors_name_the_option(field, value):
+    with pytest.raises(InputError, match=f"loss.{field}"):
+        LossConfig(**{field: value})

@@ -1,0 +1,120 @@
+"""FCOS: features by level, assignment by its rules, and decoding back to boxes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from boxinst import fcos
+
+
+def places(size=256):
+    grids = [(math.ceil(size / 2**k), math.ceil(size / 2**k)) for k in fcos.DETECT_LEVELS]
+    return fcos.locations(grids, torch.device("cpu")), grids
+
+
+def reference_assign(where, boxes):
+    """The rules, one location and one box at a time."""
+    out = []
+    for (x, y), s, level in zip(where.points.tolist(), where.strides.tolist(), where.levels.tolist(), strict=True):
+        best, best_area = -1, math.inf
+        for k, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+            cx, cy, r = (x0 + x1) / 2, (y0 + y1) / 2, 1.5 * s
+            strictly_inside = x0 < x < x1 and y0 < y < y1
+            near_centre = max(cx - r, x0) < x < min(cx + r, x1) and max(cy - r, y0) < y < min(cy + r, y1)
+            low, high = fcos.REGRESSION_RANGES[level]
+            in_range = low <= max(x - x0, y - y0, x1 - x, y1 - y) <= high
+            area = (x1 - x0) * (y1 - y0)
+            if strictly_inside and near_centre and in_range and area < best_area:
+                best, best_area = k, area
+        out.append(best)
+    return torch.tensor(out)
+
+
+def test_assign_follows_the_rules():
+    g = torch.Generator().manual_seed(0)
+    where, _ = places()
+    start = torch.rand(12, 2, generator=g) * 150
+    boxes = torch.cat([start, start + torch.rand(12, 2, generator=g) * 100 + 4], 1)
+    boxes[0] = torch.tensor([0.0, 0.0, 30.0, 40.0])  # at column 0, which must not cost its positives
+    got = fcos.assign(where, boxes)
+    torch.testing.assert_close(got.instance, reference_assign(where, boxes))
+    assert (got.instance == 0).any()
+    positive = got.instance >= 0
+    assert bool((got.centerness[positive] > 0).all())
+    assert bool((got.centerness[~positive] == 0).all())
+    assert bool((got.distances[positive] > 0).all())
+
+
+def test_assign_is_indifferent_to_the_order_of_boxes():
+    where, _ = places()
+    boxes = torch.tensor([[10.0, 10, 60, 70], [100, 90, 200, 210], [30, 120, 50, 160]])
+    order = torch.tensor([2, 0, 1])
+    a, b = fcos.assign(where, boxes), fcos.assign(where, boxes[order])
+    torch.testing.assert_close(torch.where(b.instance >= 0, order[b.instance], -1), a.instance)
+
+
+def test_assign_without_boxes_is_all_background():
+    where, _ = places()
+    got = fcos.assign(where, torch.zeros(0, 4))
+    assert bool((got.instance == -1).all())
+
+
+def test_sample_positives_shares_evenly_and_takes_the_best():
+    instance = torch.tensor([0] * 10 + [-1] * 5 + [1] * 3 + [2] * 10)
+    scores = torch.rand(28, generator=torch.Generator().manual_seed(0))
+    picked = fcos.sample_positives(instance, scores, limit=12)
+    owners = instance[picked]
+    assert [int((owners == k).sum()) for k in range(3)] == [4, 3, 4]
+    for k in (0, 2):
+        mine = (instance == k).nonzero().squeeze(1)
+        best = mine[scores[mine].argsort(descending=True)[:4]]
+        assert set(best.tolist()) == set(picked[owners == k].tolist())
+    assert len(fcos.sample_positives(instance, scores, limit=1)) == 3  # each box keeps one
+    assert len(fcos.sample_positives(torch.full((4,), -1), torch.rand(4), limit=5)) == 0
+
+
+def test_decode_recovers_assigned_boxes():
+    where, grids = places()
+    boxes = torch.tensor([[20.0, 30, 60, 90], [100, 90, 200, 250]])
+    labels = torch.tensor([2, 0])
+    target = fcos.assign(where, boxes)
+    positive = target.instance >= 0
+    classes = torch.full((1, len(where.points), 3), -12.0)
+    classes[0, positive, labels[target.instance[positive]]] = 12.0
+    outputs = fcos.DenseOutputs(
+        classes,
+        target.distances[None].clamp(min=0),
+        torch.logit(target.centerness, eps=1e-6)[None],
+        torch.zeros(1, len(where.points), 5),
+        grids,
+    )
+    found = fcos.decode(outputs, 0, (256, 256))
+    assert sorted(found.labels.tolist()) == [0, 2]
+    for box, label in zip(boxes, labels, strict=True):
+        torch.testing.assert_close(found.boxes[found.labels == label][0], box)
+
+
+def test_decode_finds_nothing_in_silence():
+    where, grids = places(64)
+    count = len(where.points)
+    outputs = fcos.DenseOutputs(
+        torch.full((1, count, 1), -9.0), torch.ones(1, count, 4), torch.zeros(1, count), torch.zeros(1, count, 5), grids
+    )
+    assert len(fcos.decode(outputs, 0, (64, 64)).boxes) == 0
+
+
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 512), ("resnet50", 2048)])
+def test_resnet_gives_features_by_stride(name, channels):
+    net = fcos.ResNet(name, 64, frozen_norm=False)
+    out = net(torch.zeros(1, 3, 64, 64))
+    assert {k: v.shape[-1] for k, v in out.items()} == {1: 32, 2: 16, 3: 8, 4: 4, 5: 2}
+    assert out[5].shape[1] == channels
+    assert {k: v.shape[1] for k, v in out.items()} == net.channels
+
+
+def test_slim_resnet_is_narrower_everywhere():
+    net = fcos.ResNet("resnet18", 16, frozen_norm=False)
+    assert net(torch.zeros(2, 3, 64, 64))[5].shape[1] == 128
