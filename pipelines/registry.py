@@ -76,8 +76,10 @@ def resolve(uri: str) -> Path:
         folder = _fetch(client().get_model_version_download_uri(found.name, str(found.version)), uri)
     elif uri.startswith("runs:/"):
         folder = _fetch(_run_model(uri), uri)
-    elif "://" in uri:
+    elif storage.is_s3(uri):
         folder = _fetch(uri.rstrip("/"), uri)
+    elif "://" in uri:
+        raise InputError("model", uri, "Give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, s3:// or a folder.")
     else:
         folder = Path(uri)
         if not folder.is_dir():
@@ -211,7 +213,7 @@ def _fetch(location: str, uri: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch, _mlflow_globals():
             try:
                 got = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=scratch)
-            except MlflowException as error:
+            except (MlflowException, OSError) as error:
                 raise InputError("model", uri, f"It cannot be read ({error}). Check that it exists.") from error
             try:
                 os.replace(got, target)

@@ -1,0 +1,102 @@
+"""Runs in a real MLflow on SQLite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from boxinst import InputError
+from pipelines import settings, tracking
+from pipelines.tracking import Run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tracked_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One home for the module, since creating the database takes seconds."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BOXINST_HOME", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield folder
+
+
+def client() -> MlflowClient:
+    return MlflowClient(tracking_uri=settings.mlflow_uri())
+
+
+def test_a_run_records_what_it_is_given(tmp_path: Path, tracked_home: Path) -> None:
+    run = Run.start("first", experiment="e", params={"lr": 0.1, "loss": {"theta": 2, "deep": {"x": None}}})
+    run.metrics({"loss": 1.5, "share": torch.tensor(0.25)}, step=3)
+    run.metrics({"loss": 1.0}, step=4)
+    picture = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    picture[0, 1, 2] = 255
+    run.image(picture, "validation/3.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    run.artifact(tmp_path / "notes.txt", "files")
+
+    info = client().get_run(run.run_id)
+    assert info.info.status == "RUNNING"
+    assert info.data.params == {"lr": "0.1", "loss.theta": "2", "loss.deep.x": "None"}
+    assert [(m.step, m.value) for m in client().get_metric_history(run.run_id, "loss")] == [(3, 1.5), (4, 1.0)]
+    assert info.data.metrics["share"] == 0.25
+    assert {f.path for f in client().list_artifacts(run.run_id, "files")} == {"files/notes.txt"}
+    with Image.open(client().download_artifacts(run.run_id, "validation/3.png", str(tmp_path))) as stored:
+        assert stored.size == (6, 4)
+        assert stored.getpixel((2, 1)) == (255, 0, 0)
+    assert info.info.artifact_uri.startswith((tracked_home / "mlartifacts").as_uri())
+
+    run.close("FAILED")
+    assert client().get_run(run.run_id).info.status == "FAILED"
+
+
+def test_joining_a_run_keeps_its_parameters_and_goes_on() -> None:
+    first = Run.start("again", experiment="e", params={"steps": 10}, tags={"stage": "one"})
+    first.metrics({"loss": 2.0}, step=1)
+    first.close("KILLED")
+    second = Run.start(
+        "again", experiment="e", params={"steps": 20, "new": 1}, tags={"stage": "two"}, run_id=first.run_id
+    )
+    second.metrics({"loss": 1.0}, step=2)
+    info = client().get_run(first.run_id)
+    assert info.info.status == "RUNNING"
+    assert info.data.params == {"steps": "10", "new": "1"}
+    assert info.data.tags["stage"] == "two"
+    assert [m.step for m in client().get_metric_history(first.run_id, "loss")] == [1, 2]
+
+
+def test_more_parameters_than_mlflow_takes_at_once() -> None:
+    run = Run.start("many", experiment="e", params={f"p{k:03d}": k for k in range(230)} | {"long": "x" * 9000})
+    assert len(client().get_run(run.run_id).data.params) == 231
+
+
+def test_an_unknown_run_is_refused() -> None:
+    with pytest.raises(InputError, match=r"run: no-such-run\. .*give one that is"):
+        Run.start("x", experiment="e", run_id="no-such-run")
+
+
+def test_the_revision_is_a_commit_of_this_repository() -> None:
+    revision = tracking.revision()
+    assert revision is None or len(revision.removesuffix("+changes")) == 40
+    run = Run.start("code", experiment="e")
+    assert client().get_run(run.run_id).data.tags.get("mlflow.source.git.commit") == revision
+
+
+def test_a_ray_worker_joins_the_run_of_its_driver(ray_session: None) -> None:
+    run = Run.start("driver", experiment="e")
+
+    @ray.remote(num_cpus=1)
+    def work(run_id: str, tracking_uri: str) -> str:
+        from pipelines.tracking import Run
+
+        joined = Run.start("worker", experiment="e", run_id=run_id, tracking_uri=tracking_uri)
+        joined.metrics({"from_worker": 7.0}, step=1)
+        return joined.run_id
+
+    assert ray.get(work.remote(run.run_id, run.tracking_uri)) == run.run_id
+    assert client().get_run(run.run_id).data.metrics["from_worker"] == 7.0
