@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -140,13 +140,14 @@ def _defaults(field: dataclasses.Field[Any]) -> dict[str, Any]:
 def _checked(hint: Any, value: Any, path: str) -> Any:
     """``value`` as the type ``hint`` by dacite's strict rules: no silent conversion but int to float, list to tuple."""
     holder = dataclasses.make_dataclass("holder", [("value", hint)])
-    hooks = {int: _integer, float: _number}
+    hooks: dict[type[Any], Callable[[Any], Any]] = {int: _integer, float: _number}
     try:
-        return dacite.from_dict(holder, {"value": _tuples(value)}, dacite.Config(type_hooks=hooks)).value  # type: ignore[attr-defined]
+        held: Any = dacite.from_dict(holder, {"value": _tuples(value)}, dacite.Config(type_hooks=hooks))
     except (dacite.DaciteError, TypeError) as error:
         wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
         wanted = wanted.replace("typing.", "").replace("Literal", "one of ")
         raise InputError(path, repr(value), f"Give a value of type {wanted}.") from error
+    return held.value
 
 
 def _tuples(value: Any) -> Any:

@@ -19,6 +19,8 @@ class Step:
     result: str
     """What came of it, in words."""
     seconds: float
+    command: str = ""
+    """What was run."""
 
 
 @dataclass
@@ -63,9 +65,11 @@ class Report:
             quality_note=escape(self.quality_note),
             quality=_quality(self.quality),
             curves="\n".join(f"<figure>{_chart(name, lines)}</figure>" for name, lines in self.curves.items()),
-            steps=_table(["Step", "Result", "Seconds"], [(s.name, s.result, f"{s.seconds:.1f}") for s in self.steps]),
+            steps=_steps(self.steps),
             commands="\n".join(f'<p class="do">{escape(why)}</p><pre>{escape(c)}</pre>' for why, c in self.commands),
-            environment=_table([], self.environment.items()),
+            environment="".join(
+                f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in self.environment.items()
+            ),
         )
 
 
@@ -99,14 +103,14 @@ def _quality(rows: Iterable[Quality]) -> str:
     return "".join(lines)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        numeric = len(cells) == 3  # the last of three columns holds seconds
-        last = ' class="number"' if numeric else ""
-        marks = ["", "", last] if numeric else [""] * len(cells)
-        return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
-
-    return (line("th", head) if head else "") + "".join(line("td", row) for row in rows)
+def _steps(steps: Iterable[Step]) -> str:
+    lines = ['<tr><th>Step</th><th>Result</th><th class="number">Seconds</th></tr>']
+    for step in steps:
+        lines.append(
+            f"<tr><td>{escape(step.name)}</td><td>{escape(step.result)}<code>{escape(step.command)}</code></td>"
+            f'<td class="number">{step.seconds:.1f}</td></tr>'
+        )
+    return "".join(lines)
 
 
 def _chart(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:

@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    env = dict(e.split("=", 1) if "=" in e else (e, os.environ[e]) for e in config.env if "=" in e or e in os.environ)
+    named = (e if "=" in e else f"{e}={os.environ.get(e, '')}" for e in config.env)
+    env = {name: value for name, _, value in (e.partition("=") for e in named) if value}
     runtime_env = {"working_dir": config.working_dir, "excludes": JUNK, "env_vars": env}
     try:
         client = JobSubmissionClient(config.address)
