@@ -207,7 +207,8 @@ def _of_box(box: Any, label: Any, width: int, height: int) -> Judged:
     # Brushing draws the box anew around the mask; only a box that changed alone was moved by the reviewer.
     moved = not edited and list(label.bounding_box) != list(box.shown_box)
     mask = _encode(label, width, height)
-    result = outcome(strictest(label.tags), edited=edited, moved=moved, masked=mask is not None)
+    verdict = strictest([*label.tags, *box.tags])  # who meant the mask may have clicked on the box around it
+    result = outcome(verdict, edited=edited, moved=moved, masked=mask is not None)
     return Judged(
         result,
         label.label if label.label != box.label else None,

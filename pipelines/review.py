@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,6 @@ def _open(config: ReviewConfig, shards: Manifest, masks: Manifest) -> Any:
         dataset = fo.Dataset(config.dataset, persistent=True)
         dataset.add_sample_field("image_id", fo.IntField)
         dataset.add_sample_field("file_name", fo.StringField)
-        # The masks first: the App draws them on top, so that a click takes the mask and not the box around it.
         for field in (MASKS, GIVEN):
             dataset.add_sample_field(field, fo.EmbeddedDocumentField, embedded_doc_type=fo.Detections)
             dataset.add_sample_field(f"{field}.detections.annotation_id", fo.IntField)
@@ -172,6 +172,8 @@ def _open(config: ReviewConfig, shards: Manifest, masks: Manifest) -> Any:
         dataset.add_sample_field(f"{GIVEN}.detections.shown_mask", fo.StringField)
         colors = [{"path": MASKS, "fieldColor": MASK_COLOR}, {"path": GIVEN, "fieldColor": GIVEN_COLOR}]
         dataset.app_config.color_scheme = fo.ColorScheme(color_by="field", opacity=0.5, fields=colors)
+        # The given boxes are a click away: were they shown, a click on a mask would often take the box around it.
+        dataset.app_config.active_fields = fo.ActiveFields(paths=[MASKS])
     made_from = {
         "version": INFO_VERSION,
         "shards": storage.absolute(config.shards),
@@ -309,7 +311,7 @@ def _merge(given: list[Any], labels: list[Any], pairs: list[tuple[dict[str, Any]
 
 def _touched(box: Any, label: Any) -> bool:
     return (
-        strictest(label.tags) is not None
+        strictest([*label.tags, *box.tags]) is not None
         or label.label != box.label
         or list(label.bounding_box) != list(box.shown_box)
         or digest(label.mask) != box.shown_mask
@@ -378,27 +380,26 @@ def _check_port(address: str, port: int) -> None:
 
 def _serve(dataset: Any, config: ReviewConfig) -> None:
     """Open the App and block until Ctrl-C."""
-    fo = _fiftyone()
-    options = {"address": config.address, "port": config.port, "remote": True, "auto": False}
-    try:
-        session = fo.launch_app(dataset, **options)
-    except fo.core.service.ServiceListenTimeout:  # after a minute; a second start finds the files in memory
-        session = fo.launch_app(dataset, **options)
+    # In this process: `launch_app` gives up when its server does not listen within a minute, as on a busy machine.
+    from fiftyone.server.main import start_server  # noqa: PLC0415
+
     print(f"Review at http://{config.address}:{config.port}/datasets/{dataset.slug} (Ctrl-C ends it)", flush=True)
-    try:
-        session.wait(-1)
-    except KeyboardInterrupt:
-        print("Verdicts and edits are kept in the database.", flush=True)
-    finally:
-        session.close()
+    start_server(port=config.port, address=config.address)  # returns at SIGINT and SIGTERM
+    print("Verdicts and edits are kept in the database.", flush=True)
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
 def verdicts(dataset: Any) -> dict[str, int]:
-    """Number of labels per verdict; of several verdicts on a label the strictest counts."""
-    said = [strictest(tags) for labels in dataset.values(f"{MASKS}.detections.tags") for tags in labels or ()]
+    """Number of boxes per verdict. Of several verdicts the strictest counts; one on the given box is as good."""
+    tags: dict[int, list[str]] = defaultdict(list)
+    for field in (MASKS, GIVEN):
+        values = dataset.values([f"{field}.detections.annotation_id", f"{field}.detections.tags"])
+        for numbers, lists in zip(*values, strict=True):
+            for number, own in zip(numbers or (), lists or (), strict=True):
+                tags[number] += own
+    said = [strictest(own) for own in tags.values()]
     return {verdict: said.count(verdict) for verdict in VERDICTS}
 
 

@@ -16,7 +16,7 @@ from boxinst.errors import InputError
 from pipelines import coco, feedback, review, storage
 from pipelines.feedback import FeedbackConfig
 from pipelines.review import ReviewConfig
-from pipelines.verdicts import MASKS, relative
+from pipelines.verdicts import GIVEN, MASKS, relative
 
 pytest_plugins = ["reviewing"]
 
@@ -103,6 +103,18 @@ def test_every_verdict_and_edit_arrives(name: str, tmp_path: Path) -> None:
     assert (done.masks, done.reclassified, done.added, done.dropped) == (3, 1, 0, 0)
     assert "8 boxes, 3 with masks" in str(done)
     assert "1 class changed" in str(done)
+
+
+def test_a_verdict_on_the_given_box_counts(name: str, tmp_path: Path) -> None:
+    samples = _samples(name)
+    box = next(d for d in samples[0][GIVEN].detections if d.annotation_id == 1)
+    box.tags.append("accept")
+    samples[0].save()
+    done = feedback.run(FeedbackConfig(str(tmp_path / "next.json"), dataset=name))
+    assert (done.outcomes["accepted"], done.masks) == (1, 1)
+    import fiftyone as fo
+
+    assert review.verdicts(fo.load_dataset(name)) == {"accept": 1, "reject": 0, "fix": 0}
 
 
 def test_the_output_is_a_corpus(name: str, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 import uuid
 from dataclasses import replace
@@ -291,18 +294,28 @@ def test_the_app_listens_on_loopback_until_it_is_interrupted(config: ReviewConfi
     words = [sys.executable, "-c", code, config.masks, config.shards, config.dataset, str(port)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    lines = [process.stdout.readline(), process.stdout.readline()]
     try:
-        assert lines[0].startswith(f"review {config.dataset!r}: 8 of 8 boxes on 4 images")
-        url = next(word for word in lines[1].split() if word.startswith("http"))
+        assert process.stdout.readline().startswith(f"review {config.dataset!r}: 8 of 8 boxes on 4 images")
+        line = next(line for line in process.stdout if line.startswith("Review at "))
+        url = line.split()[2]
         assert url == f"http://127.0.0.1:{port}/datasets/{config.dataset}"
-        assert urllib.request.urlopen(url, timeout=30).status == 200
+        assert _status(url) == 200
         assert _listens_on(port) == {"127.0.0.1"}
     finally:
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[0]
     assert "kept" in rest
     assert process.returncode == 0
+
+
+def _status(url: str) -> int | None:
+    """HTTP status once somebody listens."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(urllib.error.URLError):
+            return urllib.request.urlopen(url, timeout=60).status
+        time.sleep(0.5)
+    return None
 
 
 def _listens_on(port: int) -> set[str]:
