@@ -224,3 +224,36 @@ def test_every_command_runs_as_a_module_and_explains_itself(name: str, tmp_path:
     assert f"usage: boxinst {name}" in done.stdout
     assert ("--recipe NAME|FILE" in done.stdout) == (name in options.SECTIONS or name == "demo")
     assert not (tmp_path / "home").exists(), "--help must not leave anything behind"
+
+
+def test_a_refused_promotion_says_so_and_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import promote
+    from pipelines.registry import PromoteResult, Version
+
+    result = PromoteResult(False, Version("cells", 2), Version("cells", 1), "the table")
+    monkeypatch.setattr(promote, "decide", lambda config: result)
+    assert cli.main(["promote", "--name", "cells", "--shards", "s"]) == 1
+    shown = capsys.readouterr().out
+    assert "the table" in shown
+    assert "Refused: cells/2 is worse than the champion, which stays" in shown
+
+
+def test_a_promotion_needs_shards_to_measure_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["promote", "--name", "cells"])
+    assert exit.value.code == 2
+    assert "--shards: not given" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_figures_are_shown_beside_their_baselines() -> None:
+    from jobs.evaluate import table
+
+    figures = {"mask_iou": 0.9, "mask_ap": 0.7, "filled_box_mask_iou": 0.5, "filled_box_mask_ap": 0.2, "box_iou": 0.99}
+    head, ours, box, rest = table(figures).splitlines()
+    assert "mask AP50" in head
+    assert ours.split()[-4:] == ["0.9000", "0.7000", "-", "-"]
+    assert box.split()[:4] == ["filled", "box", "0.5000", "0.2000"]
+    assert rest.split() == ["box_iou", "0.9900"]
+    assert table({"box_iou": 0.99}).split() == ["box_iou", "0.9900"], "without masks there are no baselines to show"
