@@ -42,9 +42,10 @@ def main(argv: Sequence[str]) -> int:
     config = options.parse(DemoConfig, argv, command="demo", about=__doc__)
     name = config.name or (Path(config.corpus).resolve().name if config.corpus else "shapes")
     folder = settings.home() / "demo" / name
-    if not config.corpus and not (folder / "corpus" / "annotations" / "instances_val_boxes.json").exists():
-        synthetic.write(synthetic.SyntheticConfig(out=str(folder / "corpus")))
-    corpus = walk.find_corpus(config.corpus or str(folder / "corpus"))
+    drawn = folder / "corpus"
+    if not config.corpus and not (drawn / "annotations" / "instances_val_boxes.json").exists():  # the last one written
+        synthetic.write(synthetic.SyntheticConfig(out=str(drawn)))
+    corpus = walk.find_corpus(config.corpus or walk.near(drawn))
     steps = ["--steps", str(config.steps)] if config.steps else []
     path = walk.Walk(name, config.recipe, folder, corpus, steps)
     outcome = walk.go(path)

@@ -39,9 +39,8 @@ class Walk:
     steps: list[Step] = field(default_factory=list)
 
     def at(self, *parts: str) -> str:
-        """A place below the walk's folder, relative to the working directory where it lies below that."""
-        path = self.folder.joinpath(*parts)
-        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        """A place below the walk's folder."""
+        return near(self.folder.joinpath(*parts))
 
     def command(
         self,
@@ -81,6 +80,11 @@ class Outcome:
     corpus: feedback.Feedback
     """The next one."""
     champion: registry.Version
+
+
+def near(path: Path) -> str:
+    """``path`` as one would type it: relative where it lies below the working directory."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def find_corpus(folder: str) -> SyntheticCorpus:
