@@ -7,15 +7,9 @@ import os
 import socket
 import sys
 
-# Ray reads these when it is imported. Without the first, its servers listen on every interface of the machine; the last
-# keeps it from hiding the GPUs of tasks that ask for none, which it announces with a warning.
-if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
 import ray
 import ray.data
+from ray._private import ray_constants
 
 from boxinst.errors import InputError
 
@@ -69,6 +63,13 @@ def _connect(address: str, log_to_driver: bool) -> None:
 
 
 def _start_local(cpus: int, log_to_driver: bool) -> None:
+    # Without this, Ray's servers listen on every interface of the machine, whatever the node's address is. The variable
+    # is for the processes that it starts; here it has been read already, when Ray was imported.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray hides the GPUs of tasks that ask for none, and warns that it will not do so for ever.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(

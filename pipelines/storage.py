@@ -11,8 +11,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -215,34 +214,6 @@ def clear(uri: str, *, keep: Collection[str] = ()) -> None:
                 (fs.delete_dir if info.type == pafs.FileType.Directory else fs.delete_file)(info.path)
 
 
-def sync_to_local(uris: Sequence[str], cache: str | Path, *, threads: int = 16) -> list[str]:
-    """Local paths of files, after downloading those on S3 that ``cache`` does not hold yet.
-
-    A cached file is kept while its size and time are those of the object.
-    """
-
-    def fetch(uri: str) -> str:
-        if not is_s3(uri):
-            return fs_path(uri)[1]
-        with explained(uri):
-            fs, path = fs_path(uri)
-            info = fs.get_file_info(path)
-            if info.type != pafs.FileType.File:
-                raise FileNotFoundError(uri)
-            target = Path(cache) / path
-            if not target.is_file() or (target.stat().st_size, target.stat().st_mtime) != (info.size, _seconds(info)):
-                write_bytes(str(target), read_bytes(uri))
-                os.utime(target, (_seconds(info), _seconds(info)))
-        return str(target)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(fetch, uris))
-
-
-def _seconds(info: pafs.FileInfo) -> int:
-    return (info.mtime_ns or 0) // 1_000_000_000
-
-
 # --- Parquet --------------------------------------------------------------------------------------------------------
 
 
@@ -297,20 +268,6 @@ def write_parquet(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> Fi
                 writer.write_table(table.cast(schema), row_group_size=max(1, len(table)))
                 rows += len(table)
     return File(PurePosixPath(uri).name, rows, sink.size, sink.sha256.hexdigest())
-
-
-def describe(uri: str, name: str) -> File:
-    """The manifest entry of a Parquet file that is already in the folder ``uri``, read in pieces."""
-    with explained(uri):
-        fs, path = fs_path(join(uri, name))
-        with fs.open_input_file(path) as stream:
-            rows = pq.read_metadata(stream).num_rows
-        digest, size = hashlib.sha256(), 0
-        with fs.open_input_stream(path) as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-                size += len(piece)
-    return File(name, rows, size, digest.hexdigest())
 
 
 # --- artefacts ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import ray  # before pipelines.cluster: the order of imports must not open a port
 
 from boxinst.errors import InputError
 
@@ -28,8 +29,6 @@ def test_only_loopback_listens(ray_session: None) -> None:
 
 
 def test_start_twice_is_one_cluster(ray_session: None) -> None:
-    import ray
-
     from pipelines import cluster
 
     before = ray.get_runtime_context().get_node_id()

@@ -68,7 +68,6 @@ def test_parquet_entry_is_that_of_the_file(root: str) -> None:
     entry = storage.write_parquet(f"{root}/x.parquet", iter([table(1, 2), table(3)]), SCHEMA)
     data = storage.read_bytes(f"{root}/x.parquet")
     assert entry == File("x.parquet", 3, len(data), hashlib.sha256(data).hexdigest())
-    assert storage.describe(root, "x.parquet") == entry
     found = pq.ParquetFile(pa.BufferReader(data))
     assert found.read() == table(1, 2, 3)
     assert found.num_row_groups == 2
@@ -80,23 +79,6 @@ def test_ray_reads_the_files(root: str, ray_session: None) -> None:
     manifest = finished(root)
     rows = ray.data.read_parquet(storage.shard_files(root, manifest), filesystem=storage.filesystem(root)).take_all()
     assert [row["n"] for row in rows] == [1, 2, 3]
-
-
-def test_sync_downloads_once(s3: str, tmp_path: Path) -> None:
-    local = tmp_path / "own.png"
-    local.write_bytes(b"mine")
-    storage.write_bytes(f"{s3}/a/x.png", b"theirs")
-    cache = tmp_path / "cache"
-    paths = storage.sync_to_local([str(local), f"{s3}/a/x.png"], cache)
-    assert [Path(p).read_bytes() for p in paths] == [b"mine", b"theirs"]
-    assert paths[0] == str(local)
-    assert Path(paths[1]).is_relative_to(cache)
-    inode = Path(paths[1]).stat().st_ino
-    storage.sync_to_local([f"{s3}/a/x.png"], cache)
-    assert Path(paths[1]).stat().st_ino == inode
-    storage.write_bytes(f"{s3}/a/x.png", b"changed")
-    storage.sync_to_local([f"{s3}/a/x.png"], cache)
-    assert Path(paths[1]).read_bytes() == b"changed"
 
 
 # --- a folder belongs to one artefact ---
