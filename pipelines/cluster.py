@@ -17,7 +17,6 @@ LOCAL_SLOTS = 4
 """Least number of CPU slots of a local cluster. Slots only limit how many tasks run at once; with fewer, a training
 worker, its data tasks and the coordinator would wait for each other for ever on a small machine."""
 
-
 START_ATTEMPTS = 3
 """Ray gives its servers 30 seconds to start, which is not enough on a machine that is busy with something else."""
 
@@ -37,6 +36,8 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
     if not ray.is_initialized():
         # It warns that token authentication is on, which is how we want it.
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        # To read a Parquet file's footer Ray Data starts 32 processes unless told otherwise; one reads 128 at a time.
+        os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
             _connect(address, log_to_driver)
@@ -68,6 +69,8 @@ def _start_local(cpus: int, log_to_driver: bool) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray starts another worker for each that is not up within a minute, which makes a busy machine busier.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     # Ray hides the GPUs of tasks that ask for none, and warns that it will not do so for ever.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in range(START_ATTEMPTS):
