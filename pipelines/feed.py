@@ -1,8 +1,11 @@
-"""The endless stream of training samples: which image stands where in it, and how it gets from the shards to a batch.
+"""The endless stream of training samples: which image stands where in it, and how it is read from the shards.
 
 The stream is the shuffled corpus of epoch 0, then of epoch 1, and so on. A step of the training takes the next
 ``batch_size`` samples of it. What stands at a position, and how it is augmented, is a function of (seed, epoch, image)
 alone, so any step can be repeated, on any number of machines, and a resumed run goes on in the middle of an epoch.
+
+Nothing here imports torch: several processes of Ray plan and pass on the stream without touching an image, and each
+would wait seconds for it.
 """
 
 from __future__ import annotations
@@ -10,21 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
-from boxinst import rle
-from boxinst.structures import Batch, Targets
-from boxinst.transforms import AugmentConfig, augment, collate
 from pipelines import storage
-from pipelines.samples import masks_from_counts, sample_from_row
-from pipelines.schema import BOX, SHARD_SCHEMA, Manifest
+from pipelines.schema import SHARD_SCHEMA, Manifest
 
 READ_ROWS = 512
 """Rows read and shuffled together, at most: few enough to hold in memory, many enough to mix the corpus."""
@@ -34,22 +32,6 @@ READ_BYTES = 128 * 2**20
 EPOCH = pa.field("epoch", pa.int64())
 STREAM_SCHEMA = SHARD_SCHEMA.append(EPOCH)
 """A row of the stream: of the shards, with the epoch it is seen in."""
-
-SAMPLE_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("pixels", pa.binary()),  # uint8 RGB, 3 x height x width
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("ignore_bottom", pa.int32()),  # rows at the bottom that take no part in the colour edges
-        ("annotation_ids", pa.list_(pa.int64())),
-        ("boxes", pa.list_(BOX)),
-        ("labels", pa.list_(pa.int64())),
-        ("masks", pa.list_(pa.binary())),  # COCO compressed RLE counts at height x width, or null
-        ("tight", pa.list_(pa.bool_())),
-    ]
-)
-"""One row per augmented image, as it travels from the data workers to the training workers."""
 
 
 @dataclass(frozen=True)
@@ -147,76 +129,18 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Augmenter:
-    """Decodes and augments rows of the stream; runs in the data workers."""
+class Augment:
+    """The task that decodes and augments rows of the stream: ``augmentation.augment_table`` with its arguments."""
 
-    config: AugmentConfig
-    seed: int
-    exif: Literal["stored", "applied"]
-    with_masks: bool
-    bottom_pixels: int
+    config: dict[str, Any]
+    """Fields of an AugmentConfig."""
+    options: dict[str, Any]
+    """The other arguments."""
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """``STREAM_SCHEMA`` → ``SAMPLE_SCHEMA``."""
-        return pa.Table.from_pylist([self.sample(row) for row in table.to_pylist()], schema=SAMPLE_SCHEMA)
+        """``STREAM_SCHEMA`` → ``augmentation.SAMPLE_SCHEMA``."""
+        # Here, because only the processes that run it need torch.
+        from boxinst.transforms import AugmentConfig  # noqa: PLC0415
+        from pipelines.augmentation import augment_table  # noqa: PLC0415
 
-    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row of the stream as one row of samples. Crowd regions, which are not trained on, are left out."""
-        image, targets, image_id = sample_from_row(row, exif=self.exif, with_masks=self.with_masks)
-        height = image.shape[1]
-        # Ids may be negative, seeds may not.
-        rng = np.random.default_rng([self.seed, row["epoch"], image_id % 2**64])
-        image, targets = augment(image, targets[~targets.crowd], self.config, rng)
-        return {
-            "image_id": image_id,
-            "pixels": image.contiguous().numpy().tobytes(),
-            "height": image.shape[1],
-            "width": image.shape[2],
-            "ignore_bottom": self.bottom_pixels * image.shape[1] // height,
-            "annotation_ids": targets.ids.numpy(),
-            "boxes": targets.boxes.tolist(),
-            "labels": targets.labels.numpy(),
-            "masks": _counts(targets),
-            "tight": targets.tight.numpy(),
-        }
-
-
-def batch_from_table(table: pa.Table) -> tuple[Batch, list[tuple[int, int]]]:
-    """``SAMPLE_SCHEMA`` → a padded batch, and the (height, width) of each image in it without padding."""
-    rows = table.to_pylist()
-    sizes = [(row["height"], row["width"]) for row in rows]
-    images = [
-        torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(3, *size)
-        for row, size in zip(rows, sizes, strict=True)
-    ]
-    batch = collate(
-        images,
-        [_targets(row) for row in rows],
-        [row["image_id"] for row in rows],
-        ignore_bottom=[row["ignore_bottom"] for row in rows],
-    )
-    return batch, sizes
-
-
-def _counts(targets: Targets) -> list[bytes | None]:
-    """The masks as run lengths, None for instances that have none."""
-    counts: list[bytes | None] = [None] * len(targets)
-    if targets.masks is not None:
-        labelled = targets.has_mask.nonzero().squeeze(1)
-        for place, count in zip(labelled.tolist(), rle.encode(targets.masks[labelled]), strict=True):
-            counts[place] = count
-    return counts
-
-
-def _targets(row: dict[str, Any]) -> Targets:
-    """The targets of one row of ``SAMPLE_SCHEMA``."""
-    boxes = torch.tensor(row["boxes"], dtype=torch.float32).reshape(-1, 4)
-    masks, has_mask = masks_from_counts(row["masks"], row["height"], row["width"])
-    return Targets(
-        boxes=boxes,
-        labels=torch.tensor(row["labels"], dtype=torch.int64),
-        masks=masks,
-        has_mask=has_mask,  # type: ignore[arg-type]  # None: Targets fills it in
-        tight=torch.tensor(row["tight"], dtype=torch.bool),
-        ids=torch.tensor(row["annotation_ids"], dtype=torch.int64),
-    )
+        return augment_table(table, config=AugmentConfig(**self.config), **self.options)

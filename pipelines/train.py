@@ -27,7 +27,7 @@ from boxinst.errors import InputError
 from boxinst.weights import load_strict
 from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
 from pipelines.control import Control
-from pipelines.feed import Augmenter, ShardIndex, Stream
+from pipelines.feed import Augment, ShardIndex, Stream
 from pipelines.train_config import MAY_CHANGE, TrainConfig
 from pipelines.train_loop import Job, train_loop
 
@@ -210,13 +210,21 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     """
     config, control = job.config, job.control
     stream = Stream(index, config.seed)
-    augmenter = Augmenter(
-        config.augment, config.seed, index.manifest.exif, config.mask_labels == "use", config.loss.bottom_pixels
+    augment = Augment(
+        asdict(config.augment),
+        {
+            "seed": config.seed,
+            "exif": index.manifest.exif,
+            "with_masks": config.mask_labels == "use",
+            "bottom_pixels": config.loss.bottom_pixels,
+        },
     )
-    end, at_once = config.steps * config.batch_size, index.rows_at_once
+    # Plain numbers: a task that held the config would import all that it is made of.
+    batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
+    end, data_workers = config.steps * batch_size, config.data_workers or None
 
     def read(number: pa.Table) -> pa.Table:
-        first = ray.get(control.start.remote()) * config.batch_size + number["id"][0].as_py() * at_once
+        first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
         return stream.read(first, min(first + at_once, end))
 
     def make() -> ray.data.Dataset:
@@ -228,8 +236,8 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         return (
             ray.data.range(tasks, override_num_blocks=tasks)
             .map_batches(read, batch_size=None, batch_format="pyarrow")
-            .repartition(target_num_rows_per_block=config.batch_size // config.workers, strict=True)
-            .map_batches(augmenter, batch_size=None, batch_format="pyarrow", concurrency=config.data_workers or None)
+            .repartition(target_num_rows_per_block=share, strict=True)
+            .map_batches(augment, batch_size=None, batch_format="pyarrow", concurrency=data_workers)
         )
 
     return make

@@ -26,7 +26,8 @@ from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch
 from pipelines import checkpoint, inference, tracking
-from pipelines.feed import ShardIndex, batch_from_table
+from pipelines.augmentation import batch_from_table
+from pipelines.feed import ShardIndex
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
 from pipelines.train_config import TrainConfig
 from pipelines.validation import Validation, stack

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +19,8 @@ from PIL import Image
 from boxinst import rle
 from boxinst.transforms import AugmentConfig
 from pipelines import feed, storage
-from pipelines.feed import SAMPLE_SCHEMA, Augmenter, ShardIndex, Stream, batch_from_table, epoch_order
-from pipelines.samples import sample_from_row
+from pipelines.augmentation import augment_table
+from pipelines.feed import Augment, ShardIndex, Stream, epoch_order
 from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 
 
@@ -100,56 +102,19 @@ def test_the_stream_is_the_same_from_every_position(index: ShardIndex) -> None:
         assert stream.read(start, stop).select(["image_id", "epoch"]).to_pylist() == whole[start:stop]
 
 
-def augmenter(**changes: object) -> Augmenter:
-    return replace(Augmenter(AugmentConfig(crop=64), 1, "stored", True, 0), **changes)  # type: ignore[arg-type]
-
-
-def test_augmentation_follows_seed_epoch_and_image_alone(index: ShardIndex) -> None:
-    table = Stream(index, 0).read(0, 6)
-    together = augmenter()(table)
-    assert together.schema.equals(SAMPLE_SCHEMA)
-    alone = pa.concat_tables([augmenter()(table.slice(k, 1)) for k in reversed(range(6))])
-    assert alone.to_pylist() == together.to_pylist()[::-1]
-
-    column = table.schema.get_field_index("epoch")
-    later = table.set_column(column, table.schema.field(column), pa.array([1] * 6, pa.int64()))
-    assert augmenter()(later)["pixels"] != together["pixels"]
-    assert augmenter(seed=2)(table)["pixels"] != together["pixels"]
-
-
-def test_samples_reach_the_batch_unchanged(index: ShardIndex) -> None:
-    table = Stream(index, 0).read(0, 3)
-    plain = augmenter(config=AugmentConfig(hflip=False))
-    batch, sizes = batch_from_table(plain(table))
-    assert sizes == [(96, 96)] * 3
-    assert batch.valid.all()
-    for k, row in enumerate(table.to_pylist()):
-        image, targets, image_id = sample_from_row(row)
-        assert batch.image_ids[k] == image_id
-        assert torch.equal(batch.images[k], image)
-        for name in ("boxes", "labels", "ids", "tight", "has_mask", "masks"):
-            assert torch.equal(getattr(batch.targets[k], name), getattr(targets, name)), name
-
-
-def test_boxes_alone_and_the_bottom_rows(index: ShardIndex) -> None:
-    config = AugmentConfig(hflip=False, short_sides=(48,))
-    table = augmenter(config=config, with_masks=False, bottom_pixels=10)(Stream(index, 0).read(0, 2))
-    batch, sizes = batch_from_table(table)
-    assert sizes == [(48, 48)] * 2
-    assert batch.images.shape == (2, 3, 64, 64)  # padded to the network's stride
-    assert [t.masks for t in batch.targets] == [None, None]
-    assert batch.valid[0].nonzero().amax(0).tolist() == [48 - 5 - 1, 47]  # 10 rows of 96 are 5 of 48
-
-
-def test_crowds_are_not_trained_on(index: ShardIndex) -> None:
-    row = Stream(index, 0).read(0, 1).to_pylist()[0]
-    row["crowd"] = [True, *row["crowd"][1:]]
-    sample = augmenter(config=AugmentConfig(hflip=False)).sample(row)
-    assert list(sample["annotation_ids"]) == row["annotation_ids"][1:]
-
-
 def test_large_images_are_read_few_at_a_time(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     assert index.rows_at_once == feed.READ_ROWS
     per_row = sum(f.bytes for f in index.manifest.files) / len(index)
     monkeypatch.setattr(feed, "READ_BYTES", int(3.5 * per_row))
     assert index.rows_at_once == 3
+
+
+def test_the_task_augments_as_the_function_does(index: ShardIndex) -> None:
+    table = Stream(index, 0).read(0, 2)
+    config, options = AugmentConfig(crop=32), {"seed": 1, "exif": "stored", "with_masks": True, "bottom_pixels": 0}
+    assert Augment(asdict(config), options)(table) == augment_table(table, config=config, **options)
+
+
+def test_the_stream_does_not_import_torch() -> None:
+    code = "import sys, pipelines.feed, pipelines.control; assert not {'torch', 'torchvision'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
