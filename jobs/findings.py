@@ -128,7 +128,8 @@ def _curves(run_id: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
         "Validation": {name: _history(run_id, f"val/{name}") for name in ("mask_iou", "mask_ap", "box_iou")},
         "Learning rate": {"learning rate": _history(run_id, "train/learning_rate")},
     }
-    return {title: {name: points for name, points in lines.items() if points} for title, lines in curves.items()}
+    # A term that is always 0, such as dice without mask labels, was not trained on.
+    return {t: {name: p for name, p in lines.items() if any(v for _, v in p)} for t, lines in curves.items()}
 
 
 def _history(run_id: str, metric: str) -> list[tuple[int, float]]:
