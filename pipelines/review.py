@@ -7,10 +7,11 @@ class or deleted it. What is touched is never changed by this stage; every other
 from __future__ import annotations
 
 import math
+import signal
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from pipelines.verdicts import (
 
 IMAGES_AT_ONCE = 200
 """Images that are written to the database together."""
+
+START_SECONDS = 300
+"""How long the App's server may take to listen."""
 
 MASK_COLOR, GIVEN_COLOR = "#ff2fd0", "#ffe119"
 
@@ -126,6 +130,7 @@ def run(config: ReviewConfig) -> Review:
     if config.app:
         print(review, flush=True)
         _serve(dataset, config)
+        review = replace(review, verdicts=verdicts(dataset))
     return review
 
 
@@ -380,12 +385,23 @@ def _check_port(address: str, port: int) -> None:
 
 def _serve(dataset: Any, config: ReviewConfig) -> None:
     """Open the App and block until Ctrl-C."""
-    # In this process: `launch_app` gives up when its server does not listen within a minute, as on a busy machine.
-    from fiftyone.server.main import start_server  # noqa: PLC0415
+    from fiftyone.core.service import ServerService  # noqa: PLC0415  # late, as in _fiftyone
 
+    class PatientServer(ServerService):
+        """FiftyOne's server as `launch_app` starts it, which gives up after a minute: too early on a busy machine."""
+
+        def _wait_for_child_port(self, port: int | None = None, timeout: int = START_SECONDS) -> int:
+            return super()._wait_for_child_port(port, timeout)
+
+    server = PatientServer(config.port, address=config.address, do_not_track=True)
     print(f"Review at http://{config.address}:{config.port}/datasets/{dataset.slug} (Ctrl-C ends it)", flush=True)
-    start_server(port=config.port, address=config.address)  # returns at SIGINT and SIGTERM
-    print("Verdicts and edits are kept in the database.", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a Ctrl-C too
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        print("Verdicts and edits are kept in the database.", flush=True)
+    finally:
+        server.stop()
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------

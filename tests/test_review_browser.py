@@ -71,7 +71,7 @@ def _app(artefacts: Artefacts, dataset: str) -> Iterator[str]:
         line = next(line for line in process.stdout if line.startswith("Review at "))
         yield line.split()[2]
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -88,18 +88,6 @@ def _browser() -> Iterator[Page]:
         page.set_default_timeout(1000 * WAIT)
         yield page
         browser.close()
-
-
-def _opened(page: Page, url: str) -> bool:
-    from playwright.sync_api import Error
-
-    try:
-        page.goto(url)
-    except Error as error:
-        if "ERR_CONNECTION_REFUSED" not in error.message:
-            raise
-        return False  # the address is printed a moment before the server listens
-    return True
 
 
 def _picture(page: Page, name: str) -> np.ndarray:
@@ -146,12 +134,16 @@ def _on_screen(page: Page, canvas: str, x: float, y: float) -> tuple[float, floa
 def test_a_reviewer_accepts_one_mask_and_brushes_another(artefacts: Artefacts, tmp_path: Path) -> None:
     dataset = f"browser-{uuid.uuid4().hex[:8]}"
     with _app(artefacts, dataset) as url, _browser() as page:
-        _until("the App", lambda: _opened(page, url))
+        page.goto(url)
         page.get_by_text("Dismiss", exact=True).click()  # an advertisement, at the first visit
         page.locator("[data-cy=looker]").nth(3).wait_for()
         assert _until("masks over the images", lambda: _masked(_picture(page, "grid")) > 3000)
         _accept(page, dataset)
         _brush(page, dataset)
+        page.goto(f"{url}?view=worst-first")
+        page.get_by_text("8 patches").wait_for()
+        page.locator("[data-cy=looker]").nth(7).wait_for()
+        assert _until("tiles of the queue", lambda: _masked(_picture(page, "queue")) > 3000)
 
     out = tmp_path / "next.json"
     done = feedback.run(FeedbackConfig(str(out), dataset=dataset))
@@ -164,14 +156,14 @@ def test_a_reviewer_accepts_one_mask_and_brushes_another(artefacts: Artefacts, t
     before, after = disc(x, y, radius), masks[BRUSHED]
     stroke = after & ~before
     rows, columns = np.nonzero(stroke)
-    assert len(rows) > 10
+    assert len(rows) > 4
     assert abs(rows.mean() - STROKE_Y) < 2
     assert columns.max() == pytest.approx(STROKE_X[1], abs=3)
     assert (before & ~after).sum() <= 0.02 * before.sum()  # screen resolution and back
     assert written[BRUSHED]["bbox"][0] == x - radius - 0.5  # the given box stays
 
 
-STROKE_X, STROKE_Y = (90, 122), 50
+STROKE_X, STROKE_Y = (90, 118), 50
 """The brush goes from the centre of the second disc beyond its right edge, in the image's pixels."""
 
 
