@@ -12,6 +12,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ IMAGES_AT_ONCE = 200
 
 START_SECONDS = 300
 """How long the App's server may take to listen."""
-
-MASK_COLOR, GIVEN_COLOR = "#ff2fd0", "#ffe119"
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ def _check_match(config: ReviewConfig, shards: Manifest, masks: Manifest) -> Non
         raise InputError("--shards", value, "Give the shards that `boxinst segment` read, or segment these.")
 
 
+@cache
 def _fiftyone() -> Any:
     """FiftyOne, connected. Imported late: it takes ten seconds, and must find the database's address set."""
     mongo.connect()
@@ -175,7 +175,7 @@ def _open(config: ReviewConfig, shards: Manifest, masks: Manifest) -> Any:
         dataset.add_sample_field(f"{MASKS}.detections.audit", fo.BooleanField)
         dataset.add_sample_field(f"{GIVEN}.detections.shown_box", fo.ListField, subfield=fo.FloatField)
         dataset.add_sample_field(f"{GIVEN}.detections.shown_mask", fo.StringField)
-        colors = [{"path": MASKS, "fieldColor": MASK_COLOR}, {"path": GIVEN, "fieldColor": GIVEN_COLOR}]
+        colors = [{"path": MASKS, "fieldColor": "#ff2fd0"}, {"path": GIVEN, "fieldColor": "#ffe119"}]
         dataset.app_config.color_scheme = fo.ColorScheme(color_by="field", opacity=0.5, fields=colors)
         # The given boxes are a click away: were they shown, a click on a mask would often take the box around it.
         dataset.app_config.active_fields = fo.ActiveFields(paths=[MASKS])

@@ -303,7 +303,10 @@ def test_the_app_listens_on_loopback_until_it_is_interrupted(config: ReviewConfi
         assert _listens_on(port) == {"127.0.0.1"}
     finally:
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[0]
+        try:
+            rest = process.communicate(timeout=120)[0]
+        finally:
+            process.kill()
     assert "kept" in rest
     assert process.returncode == 0
 
