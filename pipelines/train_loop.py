@@ -115,7 +115,7 @@ def _train(job: Job) -> None:
     metrics = _resume(learner, rank)
     if rank == 0:
         ray.get(job.control.resume_at.remote(learner.step))
-    journal = Journal(job, learner.step, rank, ranks)
+    journal = Journal(job, rank, ranks)
 
     batches = _batches(config, ranks, device)
     for _ in range(learner.step, config.steps):
@@ -297,7 +297,7 @@ class Journal:
     Loss terms stay on the device until an entry is written, so that no step waits for them.
     """
 
-    def __init__(self, job: Job, step: int, rank: int, ranks: int) -> None:
+    def __init__(self, job: Job, rank: int, ranks: int) -> None:
         self.job, self.ranks = job, ranks
         self.run: tracking.Run | None = None
         if rank == 0:
