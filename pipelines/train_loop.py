@@ -195,6 +195,9 @@ def _validate(
     validation: Validation, learner: Learner, rank: int, group: dist.ProcessGroup | None, journal: Journal
 ) -> dict[str, float]:
     """Metrics of the averaged weights over all ranks' images; rank 0 writes them down with a picture."""
+    if group is not None:  # each rank has gathered normalisation statistics of its own; those of rank 0 are kept
+        for buffer in learner.average.module.buffers():
+            dist.broadcast(buffer, 0)
     states: list[Any] = [validation.score(learner.average.module)]  # type: ignore[arg-type]
     if group is not None:
         mine, states = states[0], [None] * dist.get_world_size()
