@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
@@ -113,6 +112,10 @@ class ModelConfig:
         return self.mask_stride // 2
 
 
+_HIDDEN = 256
+"""Units of the prompt head between the pooled features and the parameters."""
+
+
 @dataclass
 class Outputs:
     """What one forward pass says of a batch; masks are made from it by the dynamic head."""
@@ -160,17 +163,20 @@ class PromptHead(nn.Module):
         super().__init__()
         self.levels, self.context = levels, context
         self.pool = MultiScaleRoIAlign([str(k) for k in levels], cells, sampling_ratio=2)
+        groups = math.gcd(32, max(channels // 8, 1))
         self.convs = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(inplace=True),
+            *(
+                nn.Sequential(
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(groups, channels), nn.ReLU()
+                )
+                for _ in range(2)
+            )
         )
-        self.hidden = nn.Linear(channels * cells**2, 256)
-        self.controller = nn.Linear(256, head.num_parameters)
+        self.hidden = nn.Sequential(nn.Linear(channels * cells**2, _HIDDEN), nn.LayerNorm(_HIDDEN), nn.ReLU())
+        self.controller = nn.Linear(_HIDDEN, head.num_parameters)
         # Start from one common head that already responds to the features (the bias), so that the product of
         # three layers does not start at zero, where its gradient vanishes; the boxes then learn to differ.
-        nn.init.normal_(self.controller.weight, std=0.01)
+        nn.init.normal_(self.controller.weight, std=0.1)
         with torch.no_grad():
             start = torch.zeros(1, head.num_parameters)
             for weight, _ in head.split(start):
@@ -185,7 +191,10 @@ class PromptHead(nn.Module):
             grown.append(torch.cat([centre - half, centre + half], 1).to(features[self.levels[0]].dtype))
         levels = {str(k): features[k] for k in self.levels}
         x = self.pool(levels, grown, [size] * len(boxes))
-        return self.controller(F.relu(self.hidden(self.convs(x).flatten(1))))
+        # Adam moves every weight by the learning rate, so a sum over all hidden units moves by many times that, and
+        # the product of three layers made of it runs away. Normalised units and this factor keep the steps small.
+        hidden = self.hidden(self.convs(x).flatten(1)) * _HIDDEN**-0.5
+        return self.controller(hidden)
 
 
 class CondInst(nn.Module):

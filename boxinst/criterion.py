@@ -54,8 +54,9 @@ class LossConfig:
     bottom_pixels: int = 0
     """Rows at the bottom of the original image that take no part in colour edges. 10 for COCO, whose photographs often
     have a border there; 0 elsewhere."""
-    prompt_margin: int = 8
-    """Pixels of background around each box that the prompt losses see. They anchor the background."""
+    prompt_margin: float = 0.5
+    """Background around each box that the prompt losses see, as a share of its longer side, and at least four cells of
+    the mask features. It is what teaches that not everything is object: with little of it, masks saturate."""
     max_positives: int = 64
     """Detection: locations per image that get mask losses, shared evenly among its objects."""
 
@@ -165,10 +166,13 @@ class Criterion:
         usable = torch.cat([t.tight & ~t.crowd for t in batch.targets])
         points, scales = prompt_coordinates(boxes)
         sums = self._nothing(outputs.prompt)
-        reach = self.config.dilation * (self.config.kernel_size // 2) * stride
+        # The window must also hold the other end of every colour edge that starts inside the box.
+        least = max(4 * model.mask_stride, self.config.dilation * (self.config.kernel_size // 2) * stride)
+        longer = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
+        margin = (longer * self.config.prompt_margin).clamp(min=least)
         grid = (outputs.mask_features.shape[2], outputs.mask_features.shape[3])
         selected = usable.nonzero().squeeze(1)
-        for group in window_groups(boxes[selected], grid, model.mask_stride, max(self.config.prompt_margin, reach)):
+        for group in window_groups(boxes[selected], grid, model.mask_stride, margin[selected]):
             who = selected[group.members]
             coarse = dynamic_mask_windows(
                 outputs.mask_features,

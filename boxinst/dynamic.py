@@ -194,7 +194,7 @@ class WindowGroup:
     """(rows, columns) in cells."""
 
 
-def window_groups(boxes: Tensor, grid: tuple[int, int], stride: int, margin: float) -> list[WindowGroup]:
+def window_groups(boxes: Tensor, grid: tuple[int, int], stride: int, margin: float | Tensor) -> list[WindowGroup]:
     """Puts each box into a window of the mask grid that covers it and ``margin`` pixels around it.
 
     Window sides are rounded up to a few sizes (steps of about a third), so that boxes of any size run in a
@@ -204,7 +204,7 @@ def window_groups(boxes: Tensor, grid: tuple[int, int], stride: int, margin: flo
         boxes: [P, 4] xyxy pixels.
         grid: (h, w) of the mask grid.
         stride: pixels per cell.
-        margin: pixels around the box.
+        margin: pixels around each box, one number or [P, 1].
 
     Returns:
         Groups in ascending order of window size; together they hold every box once.
@@ -212,6 +212,8 @@ def window_groups(boxes: Tensor, grid: tuple[int, int], stride: int, margin: flo
     if not len(boxes):
         return []
     b = boxes.detach().float().cpu()
+    if isinstance(margin, Tensor):
+        margin = margin.detach().float().cpu()
     limit = torch.tensor([grid[1], grid[0]])
     first = ((b[:, :2] - margin) / stride).floor().clamp(min=0).minimum(limit - 1.0)
     last = ((b[:, 2:] + margin) / stride).ceil().clamp(min=1).minimum(limit.float())

@@ -86,7 +86,7 @@ def test_batches_without_usable_instances_train_on(model, kind):
 def test_prompt_terms_equal_the_whole_map(model):
     """With a margin as wide as the image the windows are the whole map, where the terms are those of the losses."""
     data = batch(targets("some"), targets())
-    terms = run(model, data, LossConfig(warmup_steps=10, prompt_margin=64))
+    terms = run(model, data, LossConfig(warmup_steps=10, prompt_margin=10.0))
     with torch.no_grad():
         out = model(data.images, [t.boxes for t in data.targets], data.sizes)
     boxes = torch.cat([t.boxes for t in data.targets])
