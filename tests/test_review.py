@@ -281,6 +281,7 @@ def test_a_port_in_use_is_refused_before_any_work(config: ReviewConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the App alone may take minutes to start where many things run
 def test_the_app_listens_on_loopback_until_it_is_interrupted(config: ReviewConfig) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
