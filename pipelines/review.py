@@ -58,7 +58,7 @@ class ReviewConfig:
     """Name of the FiftyOne dataset. The same name goes on with the same review; other shards need another name."""
     limit: int = 5000
     """Review at most so many boxes, the least consistent masks first; 0 takes all. A reviewer judges a few thousand a
-    day, and the database takes about two minutes per 100,000."""
+    day, and writing takes some minutes per 100,000."""
     audit: int = 200
     """Review so many boxes more, drawn at random from all: their verdicts tell how good the masks are on the whole."""
     seed: int = 0
