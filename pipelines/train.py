@@ -46,7 +46,8 @@ class TrainResult:
     steps: int
     """Optimiser steps done in all."""
     resumed_from: int
-    """Step of the checkpoint that this command went on from; 0 when it started afresh."""
+    """Step of the checkpoint that this command last went on from, an earlier command's or one from before the death of
+    a worker; 0 when it started afresh."""
     seconds: float
     """This command took, start-up included."""
     metrics: dict[str, float]
