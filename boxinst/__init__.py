@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from boxinst.condinst import CondInst, ModelConfig, load
+    from boxinst.condinst import CondInst, load
+    from boxinst.config import ModelConfig
     from boxinst.errors import InputError
     from boxinst.structures import Batch, Instances, Targets
     from boxinst.weights import save
@@ -19,7 +20,7 @@ _HOMES = {
     "CondInst": "condinst",
     "InputError": "errors",
     "Instances": "structures",
-    "ModelConfig": "condinst",
+    "ModelConfig": "config",
     "Targets": "structures",
     "load": "condinst",
     "save": "weights",

@@ -20,97 +20,12 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from boxinst import predict
+from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
-from boxinst.fcos import BACKBONES, DETECT_LEVELS, FPN, DenseHead, DenseOutputs, ResNet
+from boxinst.fcos import DETECT_LEVELS, FPN, DenseHead, DenseOutputs, ResNet
 from boxinst.structures import Instances
 from boxinst.weights import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network. Two models with equal configs have the same parameters by name and shape."""
-
-    classes: tuple[str, ...] = ()
-    """Names of the classes in label order. Left empty, training takes them from the corpus."""
-    backbone: str = "resnet50"
-    """resnet18, resnet34, resnet50 or resnet101. Smaller ones for laptops and simple objects."""
-    width: int = 64
-    """Channels of the backbone's stem. 64 is the published network; 32 halves every stage for small data on a CPU."""
-    backbone_weights: str = ""
-    """Where the backbone starts: empty for random weights with trainable normalisation; `imagenet`, or the name of a
-    torchvision weight such as `IMAGENET1K_V2`, or a file of them, for pretrained weights with frozen normalisation."""
-    fpn_channels: int = 256
-    """Channels of the feature pyramid and the heads on it."""
-    detect: bool = True
-    """Train and keep the FCOS head: detections with masks, no boxes needed."""
-    prompt: bool = True
-    """Train and keep the box-prompt head: one mask for every given box."""
-    dense_layers: int = 4
-    """Convolutions in each tower of the FCOS head."""
-    mask_stride: int = 8
-    """Pixels per cell of the mask features: 8 as published, 4 or 2 where objects are only some 20 pixels wide. Mask
-    logits, and so the losses, have half this stride."""
-    mask_branch_channels: int = 128
-    """Channels inside the mask branch."""
-    mask_branch_layers: int = 4
-    """Convolutions of the mask branch after the levels are added up."""
-    mask_channels: int = 16
-    """Channels of the mask features that the dynamic head reads."""
-    head_channels: int = 8
-    """Channels of the dynamic head."""
-    head_layers: int = 3
-    """Layers of the dynamic head."""
-    prompt_context: float = 1.2
-    """The prompt head looks at the given box grown by this factor."""
-    prompt_cells: int = 7
-    """Side of the grid that RoIAlign samples in that region."""
-    contrast_stretch: tuple[float, float] | None = None
-    """Percentiles (low, high) stretched to black and white, over the whole image, before anything else. Useful for dim
-    images such as fluorescence microscopy: (0.5, 99.8)."""
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """RGB mean that the network's input is shifted by."""
-    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """RGB deviation that the network's input is divided by."""
-
-    def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise InputError("model.backbone", self.backbone, f"Choose one of {', '.join(BACKBONES)}.")
-        if self.mask_stride not in (2, 4, 8):
-            raise InputError("model.mask_stride", self.mask_stride, "Choose 2, 4 or 8.")
-        if not (self.detect or self.prompt):
-            raise InputError("model.detect and model.prompt", "both False", "Switch at least one of them on.")
-        if self.backbone_weights and self.width != 64:
-            raise InputError(
-                "model.width", self.width, "Pretrained backbones have width 64: set it, or drop the weights."
-            )
-        for name in ("width", "fpn_channels", "mask_branch_channels", "mask_channels", "head_channels", "prompt_cells"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name}", getattr(self, name), "Give a positive number.")
-        if self.head_layers < 2:
-            raise InputError("model.head_layers", self.head_layers, "Give at least 2.")
-        if self.prompt_context < 1:
-            raise InputError("model.prompt_context", self.prompt_context, "Give 1 (the box itself) or more.")
-        if self.contrast_stretch is not None:
-            low, high = self.contrast_stretch
-            if not 0 <= low < high <= 100:
-                raise InputError("model.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
-
-    @property
-    def head(self) -> HeadShape:
-        """Sizes of the dynamic head."""
-        return HeadShape(self.mask_channels, self.head_channels, self.head_layers)
-
-    @property
-    def mask_level(self) -> int:
-        """log2 of the mask stride."""
-        return int(math.log2(self.mask_stride))
-
-    @property
-    def loss_stride(self) -> int:
-        """Pixels per cell of the mask logits."""
-        return self.mask_stride // 2
-
 
 _HIDDEN = 256
 """Units of the prompt head between the pooled features and the parameters."""
@@ -212,7 +127,7 @@ class CondInst(nn.Module):
         super().__init__()
         self.config = config
         levels = tuple(range(config.mask_level, 6))
-        head, channels = config.head, config.fpn_channels
+        head, channels = HeadShape.of(config), config.fpn_channels
         self.backbone = ResNet(config.backbone, config.width, frozen_norm=bool(config.backbone_weights))
         if config.backbone_weights and pretrained:
             load_backbone(self.backbone, config.backbone, config.backbone_weights)

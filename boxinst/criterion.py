@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from boxinst import losses
-from boxinst.condinst import ModelConfig, Outputs
+from boxinst.condinst import Outputs
+from boxinst.config import LossConfig, ModelConfig
 from boxinst.dynamic import (
+    HeadShape,
     aligned_upsample,
     box_masks,
     dynamic_mask_windows,
@@ -25,54 +27,9 @@ from boxinst.dynamic import (
     upsample,
     window_groups,
 )
-from boxinst.errors import InputError
 from boxinst.fcos import SIZES_OF_INTEREST, DenseOutputs, assign, locations, sample_positives
 from boxinst.predict import prompt_coordinates
 from boxinst.structures import Batch, Targets
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and constants of the losses."""
-
-    projection_weight: float = 1.0
-    """Weight of the projection loss (BoxInst eq. 4)."""
-    pairwise_weight: float = 1.0
-    """Weight of the pairwise colour loss (BoxInst eq. 7). 0 leaves projection alone, which yields boxy masks."""
-    warmup_steps: int = 10_000
-    """Steps over which the pairwise weight grows from 0. 10,000 as published for 90,000 steps; for short schedules
-    about a tenth of the steps. Raise it when masks collapse early in training."""
-    color_threshold: float = 0.3
-    """Least colour similarity (τ) of neighbours that are taken to have one label. Raise it when masks flow over their
-    object's border, lower it when they stay patchy."""
-    kernel_size: int = 3
-    """Side of the neighbourhood of the colour edges."""
-    dilation: int = 2
-    """Spacing of that neighbourhood, in cells of the loss grid."""
-    theta: float = 2.0
-    """Scale θ of the colour similarity exp(−‖c_i − c_j‖ / θ)."""
-    bottom_pixels: int = 0
-    """Rows at the bottom of the original image that take no part in colour edges. 10 for COCO, whose photographs often
-    have a border there; 0 elsewhere."""
-    prompt_margin: float = 0.5
-    """Background around each box that the prompt losses see, as a share of its longer side, and at least four cells of
-    the mask features. It is what teaches that not everything is object: with little of it, masks saturate."""
-    max_positives: int = 64
-    """Detection: locations per image that get mask losses, shared evenly among its objects."""
-
-    def __post_init__(self) -> None:
-        for name in ("projection_weight", "pairwise_weight", "warmup_steps", "bottom_pixels", "prompt_margin"):
-            if getattr(self, name) < 0:
-                raise InputError(f"loss.{name}", getattr(self, name), "Give 0 or more.")
-        if not 0 <= self.color_threshold <= 1:
-            raise InputError("loss.color_threshold", self.color_threshold, "Give a similarity between 0 and 1.")
-        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
-            raise InputError("loss.kernel_size", self.kernel_size, "Give an odd number of at least 3.")
-        for name in ("dilation", "max_positives"):
-            if getattr(self, name) < 1:
-                raise InputError(f"loss.{name}", getattr(self, name), "Give at least 1.")
-        if self.theta <= 0:
-            raise InputError("loss.theta", self.theta, "Give a positive number.")
 
 
 @dataclass
@@ -182,7 +139,7 @@ class Criterion:
                 scales[who],
                 group.origins,
                 group.size,
-                head=model.head,
+                head=HeadShape.of(model),
                 stride=model.mask_stride,
             )
             logits = upsample(coarse.float(), 2)  # [m, h, w] at the loss stride
@@ -249,7 +206,7 @@ class Criterion:
             dense.controllers[n, where],
             places.points[where],
             scales[:, None].expand(-1, 2),
-            head=self.model.head,
+            head=HeadShape.of(self.model),
             stride=self.model.mask_stride,
         )
         logits = aligned_upsample(coarse.float(), 2)

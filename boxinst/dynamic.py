@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boxinst.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -24,6 +26,11 @@ class HeadShape:
     """C, without the two coordinates."""
     channels: int = 8
     layers: int = 3
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> HeadShape:
+        """The head of a network."""
+        return cls(model.mask_channels, model.head_channels, model.head_layers)
 
     @property
     def widths(self) -> list[tuple[int, int]]:

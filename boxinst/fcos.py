@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d, batched_nms
 
-BACKBONES: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
-    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
-}
+from boxinst.config import BACKBONES
 
 DETECT_LEVELS = (3, 4, 5, 6, 7)
 SIZES_OF_INTEREST = (64.0, 128.0, 256.0, 512.0, 1024.0)
@@ -36,15 +31,16 @@ class ResNet(resnet.ResNet):
     """torchvision's ResNet as a pyramid of features, with a settable width.
 
     Args:
-        name: a key of ``BACKBONES``.
+        name: a key of ``config.BACKBONES``.
         width: channels of the stem; 64 is the published network.
         frozen_norm: batch normalisation with fixed statistics and affine, for pretrained weights.
     """
 
     def __init__(self, name: str, width: int, *, frozen_norm: bool) -> None:
-        block, layers = BACKBONES[name]
+        kind, layers = BACKBONES[name]
+        block = getattr(resnet, kind)
         norm: Callable[..., nn.Module] = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
-        super().__init__(block, layers, norm_layer=norm)
+        super().__init__(block, list(layers), norm_layer=norm)
         del self.fc
         if width != 64:  # torchvision fixes the stem at 64 channels, so a slimmer trunk is laid here
             self.inplanes = width

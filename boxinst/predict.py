@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from boxinst.dynamic import (
+    HeadShape,
     aligned_upsample,
     box_masks,
     dynamic_mask_windows,
@@ -102,7 +103,7 @@ def detect(
         raise InputError("model", "has no detection head", "Train with model.detect on, or use segment() with boxes.")
     _check(images, None, None)
     result: list[Instances | None] = [None] * len(images)
-    head, stride = model.config.head, model.config.mask_stride
+    head, stride = HeadShape.of(model.config), model.config.mask_stride
     for members, outputs, _ in _passes(model, images, None):
         assert outputs.dense is not None
         places = locations(outputs.dense.grids, outputs.mask_features.device)
@@ -208,7 +209,7 @@ def _prompt_masks(
                 scales[who],
                 origins,
                 group.size,
-                head=model.config.head,
+                head=HeadShape.of(model.config),
                 stride=stride,
             ).float()
             fine = upsample(upsample(coarse, 2), stride // 2)  # [m, rows, columns]

@@ -7,46 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
-from boxinst.errors import InputError
+from boxinst.config import AugmentConfig
 from boxinst.structures import Batch, Instances, Targets
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What is done to a training image, in this order: contrast stretch, resize, crop, flips."""
-
-    short_sides: tuple[int, ...] = ()
-    """Multi-scale training: the shorter side is resized to one of these, drawn at random. Empty keeps the size."""
-    max_side: int = 1333
-    """Upper bound of the longer side when resizing."""
-    crop: int = 0
-    """Side of a square cut out at random, in pixels after resizing; a side that is shorter stays whole. 0 for no
-    crop. Crops make dense images cheap and batches even; objects cut by the border train no mask."""
-    hflip: bool = True
-    """Mirror left and right, half of the time."""
-    vflip: bool = False
-    """Mirror up and down, half of the time. For images without an upright direction, such as microscopy."""
-    contrast_stretch: tuple[float, float] | None = None
-    """Percentiles of the whole image that become 0 and 255, for example 0.5 and 99.8; None leaves it as it is. Must
-    equal the model's own setting, which training sees to."""
-
-    def __post_init__(self) -> None:
-        if any(side < 1 for side in self.short_sides):
-            raise InputError("augment.short_sides", self.short_sides, "Give sides of at least 1 pixel.")
-        if self.max_side < 1:
-            raise InputError("augment.max_side", self.max_side, "Give at least 1 pixel.")
-        if self.crop < 0:
-            raise InputError("augment.crop", self.crop, "Give a side in pixels, or 0 for no crop.")
-        if self.contrast_stretch is not None and not 0 <= self.contrast_stretch[0] < self.contrast_stretch[1] <= 100:
-            raise InputError("augment.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
 
 
 def augment(image: Tensor, targets: Targets, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Targets]:
@@ -100,8 +69,15 @@ def resize(image: Tensor, targets: Targets, size: tuple[int, int]) -> tuple[Tens
     if masks is not None:
         masks = F.interpolate(masks[None].to(torch.uint8), size, mode="nearest-exact")[0].bool()
     scale = targets.boxes.new_tensor([size[1] / width, size[0] / height] * 2)
-    resized: Tensor = TF.resize(image, list(size), antialias=True)
-    return resized, replace(targets, boxes=targets.boxes * scale, masks=masks)
+    return resample(image, size), replace(targets, boxes=targets.boxes * scale, masks=masks)
+
+
+def resample(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image uint8 [3, H, W] at (height, width): bilinear, with antialiasing, rounded to the nearest value."""
+    if image.device.type == "cpu":  # has a kernel for bytes
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def hflip(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
@@ -193,7 +169,7 @@ def eval_resize(image: Tensor, short_side: int, max_side: int = 1333) -> tuple[T
     height, width = image.shape[1:]
     size = _fit(height, width, short_side, max_side) if short_side else (height, width)
     if size != (height, width):
-        image = TF.resize(image, list(size), antialias=True)
+        image = resample(image, size)
     return image, torch.tensor([size[1] / width, size[0] / height] * 2)
 
 

@@ -38,7 +38,7 @@ On your own data:
   boxinst train    --recipe nuclei --shards shards/train --val shards/val --name cells
   boxinst segment  --model models:/cells/1 --shards shards/train --out masks/train
   boxinst review   --masks masks/train --shards shards/train --app
-  boxinst feedback --out corpus2
+  boxinst feedback --out corpus2/train.json
   boxinst promote  --model models:/cells/1 --shards shards/val
 
 Every option has a default or says that it is required; --recipe NAME|FILE sets many at once. Paths may be

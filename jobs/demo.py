@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boxinst.errors import InputError
-from jobs import cli, findings, options, walk
-from pipelines import settings, synthetic
+from jobs import cli, options
+from pipelines import settings
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class DemoConfig:
 def main(argv: Sequence[str]) -> int:
     """Walk as ``argv`` asks."""
     config = options.parse(DemoConfig, argv, command="demo", about=__doc__)
+    from jobs import findings, walk
+    from pipelines import synthetic
+
     name = config.name or (Path(config.corpus).resolve().name if config.corpus else "shapes")
     folder = settings.home() / "demo" / name
     drawn = folder / "corpus"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from jobs import cli, options
-from pipelines import evaluate
+from pipelines.config import EvaluateConfig
 
 METRICS = {"mask_iou": "mean mask IoU", "mask_ap": "mask AP", "mask_ap50": "mask AP50", "mask_ap75": "mask AP75"}
 ROWS = {"": "the model", "inscribed_ellipse_": "inscribed ellipse", "filled_box_": "filled box"}
@@ -18,7 +18,9 @@ ROWS = {"": "the model", "inscribed_ellipse_": "inscribed ellipse", "filled_box_
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate as ``argv`` asks."""
-    config = options.parse(evaluate.EvaluateConfig, argv, command="evaluate", about=__doc__)
+    config = options.parse(EvaluateConfig, argv, command="evaluate", about=__doc__)
+    from pipelines import evaluate
+
     figures = evaluate.run(config)
     print(table(figures))
     name = config.model.removeprefix("models:/").partition("@")[0].partition("/")[0]

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
-from pipelines import feedback
+from pipelines.config import FeedbackConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the corpus that ``argv`` asks for."""
-    config = options.parse(feedback.FeedbackConfig, argv, command="feedback", about=__doc__)
+    config = options.parse(FeedbackConfig, argv, command="feedback", about=__doc__)
+    from pipelines import feedback
+
     result = feedback.run(config)
     for outcome, number in result.outcomes.items():
         print(f"  {outcome:12}{number:8,}")

@@ -20,7 +20,7 @@ from jobs import options
 from jobs.report import Quality, Report
 from jobs.walk import Outcome, Walk
 from pipelines import inference, registry, settings, storage, tracking
-from pipelines.inference import Resolution
+from pipelines.config import Resolution
 from pipelines.samples import sample_from_row
 
 PICTURES = 4

@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from boxinst.errors import InputError
 from jobs import cli, options
-from pipelines import evaluate, registry, storage
-from pipelines.evaluate import EvaluateConfig
+from pipelines.config import EvaluateConfig
 from pipelines.promotion import PromoteConfig
+
+if TYPE_CHECKING:
+    from pipelines import registry
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Options(EvaluateConfig, PromoteConfig):
 def main(argv: Sequence[str]) -> int:
     """Promote, or go back, as ``argv`` asks; 1 when the candidate is refused."""
     config = options.parse(Options, argv, command="promote", about=__doc__)
+    from pipelines import registry
+
     result = registry.rollback(config) if config.rollback else decide(config)
     print(result.table)
     address = f"models:/{config.name}@{config.alias}"
@@ -54,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
 def decide(config: Options) -> registry.PromoteResult:
     """Score candidate and champion on the same shards, and let the gate decide."""
+    from pipelines import evaluate, registry, storage
+
     candidate, champion = registry.contenders(config)
     shards = storage.read_manifest(config.shards, "shards")
     scores = [evaluate.run(replace(config, model=v.uri)) for v in (candidate, champion) if v]

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
-from pipelines import review
+from pipelines.config import ReviewConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the review dataset that ``argv`` asks for, and open it where asked."""
-    config = options.parse(review.ReviewConfig, argv, command="review", about=__doc__)
+    config = options.parse(ReviewConfig, argv, command="review", about=__doc__)
+    from pipelines import review
+
     result = review.run(config)
     print(result)
     then = f"boxinst feedback --dataset {result.dataset}"

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
-from pipelines import segment
+from pipelines.config import SegmentConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Segment as ``argv`` asks."""
-    config = options.parse(segment.SegmentConfig, argv, command="segment", about=__doc__)
+    config = options.parse(SegmentConfig, argv, command="segment", about=__doc__)
+    from pipelines import segment
+
     manifest = segment.run(config)
     n = manifest.counts
     print(f"boxes: {n['boxes']:,} = {n['ok']:,} with a mask + {n['empty']:,} empty + {n['errors']:,} errors")

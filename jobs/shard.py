@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
-from pipelines import shards
+from pipelines.config import ShardConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the shards that ``argv`` asks for."""
-    config = options.parse(shards.ShardConfig, argv, command="shard", about=__doc__)
+    config = options.parse(ShardConfig, argv, command="shard", about=__doc__)
+    from pipelines import shards
+
     manifest = shards.run(config)
     n = manifest.counts
     for what in ("images", "boxes"):

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from jobs import cli, options
-from pipelines import train
+from pipelines.config import TrainConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as ``argv`` asks."""
-    config = options.parse(train.TrainConfig, argv, command="train", about=__doc__)
+    config = options.parse(TrainConfig, argv, command="train", about=__doc__)
+    from pipelines import train
+
     result = train.run(config)
     if result.status == "finished before":
         print(f"The run {config.name} has finished before: nothing was trained. Another --name starts a new one.")

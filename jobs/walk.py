@@ -112,7 +112,7 @@ def find_corpus(folder: str) -> SyntheticCorpus:
 
 def go(walk: Walk) -> Outcome:
     """Walk the whole path; what an earlier walk of this name has finished is not done again."""
-    cluster.start(log_to_driver=False)
+    cluster.start()
     made, val = (_shard(walk, *split) for split in (("train", walk.corpus.train_boxes), ("val", walk.corpus.val)))
     trained = walk.command(
         "train",

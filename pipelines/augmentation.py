@@ -9,8 +9,9 @@ import pyarrow as pa
 import torch
 
 from boxinst import rle
+from boxinst.config import AugmentConfig
 from boxinst.structures import Batch, Targets
-from boxinst.transforms import AugmentConfig, augment, collate
+from boxinst.transforms import augment, collate
 from pipelines.samples import masks_from_counts, sample_from_row
 from pipelines.schema import BOX
 

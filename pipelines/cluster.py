@@ -21,14 +21,14 @@ START_ATTEMPTS = 3
 """Ray gives its servers 30 seconds to start, which is not enough on a machine that is busy with something else."""
 
 
-def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
+def start(*, cpus: int | None = None) -> None:
     """Connect to the cluster at ``RAY_ADDRESS`` or, where that is not set, start one in this process.
 
-    Does nothing when Ray is already running here.
+    Does nothing when Ray is already running here. What the workers print stays in Ray's logs; what they have to say
+    to the user reaches the driver as results.
 
     Args:
         cpus: CPU slots of a local cluster; the number of cores, and at least ``LOCAL_SLOTS``, when not given.
-        log_to_driver: whether what the workers print is shown here.
 
     Raises:
         InputError: no cluster answers at ``RAY_ADDRESS``.
@@ -38,11 +38,10 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         # To read a Parquet file's footer Ray Data starts 32 processes unless told otherwise; one reads 128 at a time.
         os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-        address = os.environ.get("RAY_ADDRESS")
-        if address and address != "local":
-            _connect(address, log_to_driver)
+        if elsewhere():
+            _connect(os.environ["RAY_ADDRESS"])
         else:
-            _start_local(cpus or max(LOCAL_SLOTS, os.cpu_count() or 1), log_to_driver)
+            _start_local(cpus or max(LOCAL_SLOTS, os.cpu_count() or 1))
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that there are no progress bars, which are of no use in a log file.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -51,19 +50,24 @@ def start(*, cpus: int | None = None, log_to_driver: bool = True) -> None:
     context.print_on_execution_start = False
 
 
-def _connect(address: str, log_to_driver: bool) -> None:
+def elsewhere() -> bool:
+    """Whether the cluster is one that was started by others, as RAY_ADDRESS says."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def _connect(address: str) -> None:
     remedy = "No Ray cluster answers there: start it, or unset the variable."
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         # Ray itself tries for minutes and then ends the whole process.
         if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError("RAY_ADDRESS", address, remedy) from error
 
 
-def _start_local(cpus: int, log_to_driver: bool) -> None:
+def _start_local(cpus: int) -> None:
     # Without this, Ray's servers listen on every interface of the machine, whatever the node's address is. The variable
     # is for the processes that it starts; here it has been read already, when Ray was imported.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -83,7 +87,7 @@ def _start_local(cpus: int, log_to_driver: bool) -> None:
                 _node_ip_address="127.0.0.1",
                 include_dashboard=False,
                 logging_level=logging.WARNING,
-                log_to_driver=log_to_driver,
+                log_to_driver=False,
             )
             return
         except Exception as error:  # Ray raises no other type here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import ray
 import ray.data
@@ -12,50 +12,9 @@ import ray.data
 import boxinst
 from boxinst.errors import InputError
 from pipelines import cluster, inference, registry, storage
-from pipelines.inference import Resolution
-from pipelines.scorecard import Evaluator, Mode, Scorecard
+from pipelines.config import EvaluateConfig, Resolution
+from pipelines.scorecard import Evaluator, Scorecard
 from pipelines.tracking import Run
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Which model to score on which shards."""
-
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a folder that training wrote."""
-    shards: str
-    """Folder or s3:// prefix that `boxinst shard` wrote. Where it has no mask labels, boxes alone are scored."""
-    mode: Mode = "prompt"
-    """`prompt`: one mask for every given box. `detect`: no boxes given, the model finds the objects."""
-    max_detections: int = 100
-    """The best objects of an image, per class, that count for AP. 100 is COCO's; raise it where images hold more."""
-    score_threshold: float = 0.05
-    """Least score of a detection, in detect mode."""
-    short_side: int = 0
-    """Resize images in the network to this shorter side; 0 leaves them as they are. Use the size that the model was
-    trained at. Masks are compared in the pixels of the images as stored, whatever the size."""
-    max_side: int = 1333
-    """Upper bound of the longer side, where `--short-side` is given."""
-    baselines: bool = True
-    """In prompt mode, score the filled box and the inscribed ellipse too, where there are mask labels."""
-    workers: int = 1
-    """Processes with a copy of the model each. On one machine they share its cores, so 1 is as fast as more."""
-    gpu: bool = False
-    """Run each worker on a GPU of its own."""
-    batch_size: int = 4
-    """Images that a worker takes at a time."""
-    experiment: str = ""
-    """Record the figures as a run of this MLflow experiment; empty records nothing."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_detections", "workers", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
-        if self.mode not in ("prompt", "detect"):
-            raise InputError("--mode", self.mode, "Give prompt or detect.")
-        if not 0 <= self.score_threshold <= 1:
-            raise InputError("--score-threshold", self.score_threshold, "Give a number from 0 to 1.")
-        Resolution(self.short_side, self.max_side)
 
 
 def run(config: EvaluateConfig) -> dict[str, float]:

@@ -141,7 +141,7 @@ class Augment:
     def __call__(self, table: pa.Table) -> pa.Table:
         """``STREAM_SCHEMA`` → ``augmentation.SAMPLE_SCHEMA``."""
         # Here, because only the processes that run it need torch.
-        from boxinst.transforms import AugmentConfig  # noqa: PLC0415
+        from boxinst.config import AugmentConfig  # noqa: PLC0415
         from pipelines.augmentation import augment_table  # noqa: PLC0415
 
         # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for

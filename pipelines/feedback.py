@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from boxinst import rle
 from boxinst.errors import InputError
 from pipelines import coco, mongo, storage
+from pipelines.config import FeedbackConfig
 from pipelines.schema import SHARD_SCHEMA, Manifest
 from pipelines.verdicts import (
     GIVEN,
@@ -31,28 +32,6 @@ from pipelines.verdicts import (
 
 LABELLED: tuple[Outcome, ...] = ("accepted", "edited")
 """Outcomes that make a mask a label."""
-
-
-@dataclass(frozen=True)
-class FeedbackConfig:
-    """Which review to turn into which corpus."""
-
-    out: str
-    """COCO JSON file to write: a local path or s3://. Its file names are those of the corpus that was reviewed, so
-    `boxinst shard` takes it with the same --images and --exif."""
-    dataset: str = "review"
-    """Name of the review, as given to `boxinst review`."""
-    shards: str | None = None
-    """The shards that were reviewed, where they have moved since."""
-    drop_deleted: bool = False
-    """Leave out the boxes whose label was deleted in the App. By default they stay, as boxes: a mask can be deleted by
-    mistake, and the box was given by somebody."""
-    overwrite: bool = False
-    """Replace the output file."""
-
-    def __post_init__(self) -> None:
-        if not self.out.endswith(".json"):
-            raise InputError("--out", self.out, "Give the path of a .json file.")
 
 
 @dataclass(frozen=True)

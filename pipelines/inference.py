@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,29 +13,13 @@ from torch import Tensor
 
 import boxinst
 from boxinst.condinst import CondInst
-from boxinst.errors import InputError
 from boxinst.structures import Instances
 from boxinst.transforms import eval_resize, restore
 from boxinst.weights import CONFIG_FILE, WEIGHTS_FILE
+from pipelines.config import Resolution
 
 MASK_PIXELS = 2**28
 """Bound on boxes × pixels of one image that are held at once, as a byte each."""
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """The size that images have in the network. Masks always come back in the pixels of the image as stored."""
-
-    short_side: int
-    """The shorter side in pixels; 0 leaves images as they are."""
-    max_side: int
-    """Upper bound of the longer side, where ``short_side`` is given."""
-
-    def __post_init__(self) -> None:
-        if self.short_side < 0:
-            raise InputError("--short-side", self.short_side, "Give a side in pixels, or 0 for the images as they are.")
-        if self.max_side < max(self.short_side, 1):
-            raise InputError("--max-side", self.max_side, f"Give at least the short side, {self.short_side} pixels.")
 
 
 def pack(folder: Path) -> dict[str, bytes]:

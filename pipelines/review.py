@@ -22,6 +22,7 @@ from tqdm import tqdm
 from boxinst import rle
 from boxinst.errors import InputError
 from pipelines import mongo, storage
+from pipelines.config import ReviewConfig
 from pipelines.schema import Manifest
 from pipelines.selection import Selection, media, read_rows, select
 from pipelines.verdicts import (
@@ -44,40 +45,6 @@ IMAGES_AT_ONCE = 200
 
 START_SECONDS = 300
 """How long the App's server may take to listen."""
-
-
-@dataclass(frozen=True)
-class ReviewConfig:
-    """What to review, and how much of it."""
-
-    masks: str
-    """Mask rows from `boxinst segment`: a folder or s3:// prefix."""
-    shards: str
-    """The shards they were made from, which hold the images: a folder or s3:// prefix."""
-    dataset: str = "review"
-    """Name of the FiftyOne dataset. The same name goes on with the same review; other shards need another name."""
-    limit: int = 5000
-    """Review at most so many boxes, the least consistent masks first; 0 takes all. A reviewer judges a few thousand a
-    day, and writing takes some minutes per 100,000."""
-    audit: int = 200
-    """Review so many boxes more, drawn at random from all: their verdicts tell how good the masks are on the whole."""
-    seed: int = 0
-    """Of the random sample."""
-    app: bool = False
-    """Open FiftyOne's App and wait until Ctrl-C."""
-    port: int = 5151
-    """Where the App listens."""
-    address: str = "127.0.0.1"
-    """Network interface of the App. It has no log-in: whoever reaches another address than this one can change all."""
-
-    def __post_init__(self) -> None:
-        if not self.dataset.strip():
-            raise InputError("--dataset", repr(self.dataset), "Give a name.")
-        for name in ("limit", "audit"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name}", getattr(self, name), "Give 0 or more.")
-        if not 1 <= self.port <= 65535:
-            raise InputError("--port", self.port, "Give a number between 1 and 65535.")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from boxinst.condinst import CondInst
 from boxinst.metrics import CocoScorer, GivenBoxScorer, filled_box, inscribed_ellipse
 from boxinst.structures import Instances, Targets
 from pipelines import inference
-from pipelines.inference import Resolution
+from pipelines.config import Mode, Resolution
 from pipelines.samples import sample_from_row
-
-Mode = Literal["prompt", "detect"]
 
 BASELINES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "filled_box": filled_box,

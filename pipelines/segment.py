@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +14,12 @@ from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, maskrows, registry, settings, storage
-from pipelines.inference import Resolution
+from pipelines import cluster, inference, maskrows, registry, storage
+from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
 from pipelines.segmenter import Segmenter
 
 _COLUMNS = ["image_id", "file_name", "image", "width", "height", "annotation_ids", "boxes", "labels", "crowd"]
-
-
-@dataclass(frozen=True)
-class SegmentConfig:
-    """Which boxes to turn into masks, and by which model."""
-
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID, or a folder that training wrote."""
-    shards: str
-    """Folder or s3:// prefix that `boxinst shard` wrote."""
-    out: str | None = None
-    """Output folder or s3:// prefix; BOXINST_HOME/masks/<name of the shards' folder> when not given."""
-    coco: str | None = None
-    """Also write COCO results JSON to this file: one entry for every box, with its annotation_id."""
-    short_side: int = 0
-    """Resize images in the network to this shorter side; 0 leaves them as they are. Use the size that the model was
-    trained at. Masks come in the pixels of the images as stored, whatever the size."""
-    max_side: int = 1333
-    """Upper bound of the longer side, where `--short-side` is given."""
-    workers: int = 1
-    """Processes with a copy of the model each. On one machine they share its cores, so 1 is as fast as more."""
-    gpu: bool = False
-    """Run each worker on a GPU of its own."""
-    batch_size: int = 4
-    """Images that a worker takes at a time."""
-    checkpoint_images: int = 64
-    """Images after which a worker's results are written down. A killed run repeats at most this many per worker."""
-    overwrite: bool = False
-    """Replace what the output folder holds of other inputs or options."""
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "batch_size", "checkpoint_images"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
-        Resolution(self.short_side, self.max_side)
-
-    @property
-    def output(self) -> str:
-        """Where the mask rows go."""
-        return self.out or str(settings.home() / "masks" / self.shards.rstrip("/").rsplit("/", 1)[-1])
 
 
 def run(config: SegmentConfig) -> Manifest:

@@ -16,7 +16,7 @@ from boxinst import rle
 from boxinst.condinst import CondInst
 from boxinst.metrics import mask_box_consistency
 from pipelines import inference, maskrows
-from pipelines.inference import Resolution
+from pipelines.config import Resolution
 from pipelines.maskrows import BoxMask
 from pipelines.samples import sample_from_row
 

@@ -9,9 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,8 +18,9 @@ import ray
 import ray.data
 
 from boxinst.errors import InputError
-from pipelines import cluster, coco, images, settings, storage
+from pipelines import cluster, coco, images, storage
 from pipelines.coco import Annotation, Corpus, ImageEntry
+from pipelines.config import ShardConfig
 from pipelines.schema import REJECT_SCHEMA, SHARD_SCHEMA, File, Manifest
 
 REJECTS = "rejects.parquet"
@@ -50,35 +50,6 @@ _DONE_SCHEMA = pa.schema(
         ("rejects", pa.list_(pa.struct(list(REJECT_SCHEMA)))),
     ]
 )
-
-
-@dataclass(frozen=True)
-class ShardConfig:
-    """What to turn into shards."""
-
-    annotations: str
-    """COCO JSON file: a local path or s3://."""
-    images: str
-    """Folder or s3:// prefix below which the JSON's file names are found."""
-    out: str | None = None
-    """Output folder or s3:// prefix; BOXINST_HOME/shards/<name of the JSON file> when not given."""
-    target_mb: int = 128
-    """Image bytes of a shard in megabytes. Smaller shards spread a small corpus over more workers."""
-    exif: Literal["stored", "applied"] = "stored"
-    """Whether the boxes refer to the pixels as stored in the files, or as turned by their EXIF orientation."""
-    overwrite: bool = False
-    """Replace shards of other inputs or options in the output folder."""
-
-    def __post_init__(self) -> None:
-        if self.target_mb < 1:
-            raise InputError("--target-mb", self.target_mb, "Give 1 or more.")
-        if self.exif not in ("stored", "applied"):
-            raise InputError("--exif", self.exif, "Give stored or applied.")
-
-    @property
-    def output(self) -> str:
-        """Where the shards go."""
-        return self.out or str(settings.home() / "shards" / PurePosixPath(self.annotations).stem)
 
 
 def run(config: ShardConfig) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -22,14 +23,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
 
 import boxinst
-from boxinst.condinst import CondInst, ModelConfig
+from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.weights import load_strict
 from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
+from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
-from pipelines.train_config import MAY_CHANGE, TrainConfig
-from pipelines.train_loop import Job, train_loop
+from pipelines.train_job import Job
 
 __all__ = ["TrainConfig", "TrainResult", "run"]
 
@@ -77,7 +78,7 @@ def run(config: TrainConfig) -> TrainResult:
     if (folder / RESULT).is_file():
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
-    cluster.start(log_to_driver=False)  # what the workers have to say reaches the user through Control
+    cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
@@ -181,9 +182,16 @@ def _track(config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_i
 
 def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     config = job.config
+
+    def work(loop_config: dict[str, Job]) -> None:
+        # Here, so that it is the workers that load it and not every process that passes this function on.
+        from pipelines.train_loop import train_loop  # noqa: PLC0415
+
+        train_loop(loop_config["job"])
+
     options = ray.data.ExecutionOptions(preserve_order=True)
     return TorchTrainer(
-        train_loop,
+        work,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -222,7 +230,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     )
     # Plain numbers: a task that held the config would import all that it is made of.
     batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
-    end, data_workers = config.steps * batch_size, config.data_workers or None
+    end, data_workers = config.steps * batch_size, _data_workers(config)
 
     def read(number: pa.Table) -> pa.Table:
         first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
@@ -242,6 +250,13 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         )
 
     return make
+
+
+def _data_workers(config: TrainConfig) -> int | None:
+    """See ``TrainConfig.data_workers``; None for no limit. Each costs seconds to start, and memory."""
+    if config.data_workers:
+        return config.data_workers
+    return None if config.gpu or cluster.elsewhere() else max(1, (os.cpu_count() or 1) // 4)
 
 
 def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:
@@ -322,7 +337,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     with fitted.checkpoint.as_directory() as path:
         state = checkpoint.load(path)
     learner, metrics = state["learner"], state["metrics"]
-    model = CondInst(config.model, pretrained=False)
+    model = boxinst.CondInst(config.model, pretrained=False)
     weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
     load_strict(model, weights, str(fitted.checkpoint.path))
     boxinst.save(model, folder / MODEL)

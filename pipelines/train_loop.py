@@ -27,26 +27,10 @@ from boxinst.errors import InputError
 from boxinst.structures import Batch
 from pipelines import checkpoint, inference, tracking
 from pipelines.augmentation import batch_from_table
-from pipelines.feed import ShardIndex
+from pipelines.config import TrainConfig
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
-from pipelines.train_config import TrainConfig
+from pipelines.train_job import Job
 from pipelines.validation import Validation, stack
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    """Complete: ``steps``, the classes and the contrast stretch are filled in."""
-    shards_hash: str
-    val: ShardIndex | None
-    init: Mapping[str, bytes] | None
-    """The packed model to fine-tune from."""
-    run_id: str
-    tracking_uri: str
-    control: Any
-    """Handle of the driver's Control actor."""
 
 
 @dataclass
@@ -92,9 +76,8 @@ class Learner:
             torch.random.set_rng_state(state["random"])
 
 
-def train_loop(loop_config: dict[str, Job]) -> None:
+def train_loop(job: Job) -> None:
     """Train from the last checkpoint, if there is one, to the last step, the stop signal or the time limit."""
-    job = loop_config["job"]
     try:
         _train(job)
     except InputError as error:  # every rank meets it, and starting again would not help
@@ -104,7 +87,6 @@ def train_loop(loop_config: dict[str, Job]) -> None:
 def _train(job: Job) -> None:
     config, context = job.config, ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
-    started = time.monotonic()
     _set_threads(config, context.get_local_world_size())
     learner = _build(job, rank)
     device = next(learner.network.parameters()).device
@@ -115,7 +97,7 @@ def _train(job: Job) -> None:
     metrics = _resume(learner, rank)
     if rank == 0:
         ray.get(job.control.resume_at.remote(learner.step))
-    journal = Journal(job, rank, ranks)
+    journal, signal = Journal(job, rank, ranks), StopSignal(job, rank, cpu_group)
 
     batches = _batches(config, ranks, device)
     for _ in range(learner.step, config.steps):
@@ -127,7 +109,7 @@ def _train(job: Job) -> None:
         step, last = learner.step, learner.step == config.steps
         if step % config.log_every == 0 or last:
             journal.write(step, float(learner.schedule.get_last_lr()[0]))
-        stop = _agree_to_stop(job, started, rank, cpu_group)
+        stop = bool(signal)
         if validation and (last or (config.eval_every and step % config.eval_every == 0)):
             with journal.pause(), autocast():
                 metrics = _validate(validation, learner, rank, cpu_group, journal)
@@ -223,17 +205,27 @@ def _save(job: Job, learner: Learner, metrics: dict[str, float], rank: int) -> N
     ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
 
 
-def _agree_to_stop(job: Job, started: float, rank: int, group: dist.ProcessGroup | None) -> bool:
+class StopSignal:
     """Whether to stop after this step: rank 0 knows, and all ranks must do the same."""
-    stop = False
-    if rank == 0:
-        minutes = (time.monotonic() - started) / 60
-        stop = bool(ray.get(job.control.stopping.remote())) or 0 < job.config.minutes <= minutes
-    if group is not None:
-        flag = torch.tensor(stop)
-        dist.broadcast(flag, 0, group=group)
-        stop = bool(flag)
-    return stop
+
+    def __init__(self, job: Job, rank: int, group: dist.ProcessGroup | None) -> None:
+        self.job, self.rank, self.group = job, rank, group
+        self.started = time.monotonic()
+        self._answer = job.control.stopping.remote()
+
+    def __bool__(self) -> bool:
+        stop = False
+        if self.rank == 0:
+            # No step waits for the driver: an answer that is late counts after the next one.
+            if ray.wait([self._answer], timeout=0)[0]:
+                stop = bool(ray.get(self._answer))
+                self._answer = self.job.control.stopping.remote()
+            stop |= 0 < self.job.config.minutes <= (time.monotonic() - self.started) / 60
+        if self.group is not None:
+            flag = torch.tensor(stop)
+            dist.broadcast(flag, 0, group=self.group)
+            stop = bool(flag)
+        return stop
 
 
 class Collate(ArrowBatchCollateFn):

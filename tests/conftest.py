@@ -70,7 +70,7 @@ def ray_session(s3_address: str) -> Iterator[None]:
     """Ray in this process, once for all tests."""
     from pipelines import cluster
 
-    cluster.start(cpus=4, log_to_driver=False)
+    cluster.start(cpus=4)
     yield
     cluster.stop()
 

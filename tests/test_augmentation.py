@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from boxinst import rle
-from boxinst.transforms import AugmentConfig
+from boxinst.config import AugmentConfig
 from pipelines.augmentation import SAMPLE_SCHEMA, augment_table, batch_from_table
 from pipelines.feed import STREAM_SCHEMA
 from pipelines.samples import sample_from_row

@@ -169,6 +169,14 @@ def test_help_is_fast_and_names_every_command() -> None:
     assert not any(f"'{heavy}'" in loaded for heavy in ("torch", "ray", "mlflow", "fiftyone", "numpy"))
 
 
+def test_no_command_waits_for_heavy_libraries_before_it_has_read_its_options() -> None:
+    code = "import importlib, sys; from jobs import cli\n"
+    code += "for name in cli.COMMANDS: importlib.import_module(f'jobs.{name}')\n"
+    code += "print(sorted(set(sys.modules) & {'torch', 'ray', 'mlflow', 'fiftyone'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: boxinst" in capsys.readouterr().out
@@ -222,7 +230,7 @@ def test_every_command_runs_as_a_module_and_explains_itself(name: str, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert f"usage: boxinst {name}" in done.stdout
-    assert ("--recipe NAME|FILE" in done.stdout) == (name in options.SECTIONS or name == "demo")
+    assert ("--recipe NAME|FILE" in done.stdout) == (name in options.SECTIONS)
     assert not (tmp_path / "home").exists(), "--help must not leave anything behind"
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses
-from boxinst.criterion import Criterion, LossConfig
+from boxinst.config import LossConfig
+from boxinst.criterion import Criterion
 from boxinst.dynamic import box_masks, dynamic_masks, upsample
 from boxinst.predict import prompt_coordinates
 

@@ -14,8 +14,7 @@ import boxinst
 from boxinst import InputError, Instances
 from boxinst.metrics import CocoScorer, GivenBoxScorer
 from pipelines import registry, storage
-from pipelines.evaluate import EvaluateConfig, run
-from pipelines.inference import Resolution
+from pipelines.config import EvaluateConfig, Resolution, run
 from pipelines.samples import sample_from_row
 from pipelines.scorecard import Evaluator, Scorecard
 from pipelines.synthetic import CLASSES

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from boxinst import rle
-from boxinst.transforms import AugmentConfig
+from boxinst.config import AugmentConfig
 from pipelines import feed, storage
 from pipelines.augmentation import augment_table
 from pipelines.feed import Augment, ShardIndex, Stream, epoch_order

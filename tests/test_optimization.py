@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from pipelines.config import TrainConfig
 from pipelines.optimization import make_average, make_optimizer, make_schedule, rate_factor
-from pipelines.train_config import TrainConfig
 
 CONFIG = TrainConfig(shards="s", steps=100, lr_warmup_steps=10)
 

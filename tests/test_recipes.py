@@ -11,7 +11,7 @@ from jobs import options
 
 CONFIGS = {
     "shard": ("pipelines.shards", "ShardConfig", "--annotations a.json --images i"),
-    "train": ("pipelines.train_config", "TrainConfig", "--shards s"),
+    "train": ("pipelines.config", "TrainConfig", "--shards s"),
     "evaluate": ("pipelines.evaluate", "EvaluateConfig", "--model m --shards s"),
     "segment": ("pipelines.segment", "SegmentConfig", "--model m --shards s"),
     "promote": ("jobs.promote", "Options", "--name m --shards s"),
@@ -54,7 +54,7 @@ def test_the_recipes_that_were_promised_are_shipped() -> None:
 def test_coco_recipes_are_the_published_schedules(
     recipe: str, backbone: str, steps: int, milestones: tuple[int, int]
 ) -> None:
-    from pipelines.train_config import TrainConfig
+    from pipelines.config import TrainConfig
 
     config = options.parse(TrainConfig, ["--recipe", recipe, "--shards", "s"], command="train", about=None)
     assert (config.model.backbone, config.model.width, config.model.fpn_channels) == (backbone, 64, 256)
@@ -67,7 +67,7 @@ def test_coco_recipes_are_the_published_schedules(
 
 
 def test_nuclei_learns_from_boxes_at_full_resolution() -> None:
-    from pipelines.train_config import TrainConfig
+    from pipelines.config import TrainConfig
 
     config = options.parse(TrainConfig, ["--recipe", "nuclei", "--shards", "s"], command="train", about=None)
     assert config.model.loss_stride == 1

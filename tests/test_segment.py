@@ -23,7 +23,7 @@ import boxinst
 from boxinst import InputError, Instances, rle
 from boxinst.metrics import mask_box_consistency
 from pipelines import inference, maskrows, storage
-from pipelines.inference import Resolution
+from pipelines.config import Resolution
 from pipelines.maskrows import BoxMask
 from pipelines.schema import MASK_SCHEMA, Category, Manifest
 from pipelines.segment import SegmentConfig, run

@@ -57,7 +57,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         yield address, folder
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # the head and its children alone, not every Ray of this machine
-        process.wait(30)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(["rm", "-rf", str(folder)])
 
 

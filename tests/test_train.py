@@ -18,10 +18,8 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import boxinst
-from boxinst.condinst import ModelConfig
-from boxinst.criterion import LossConfig
+from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
-from boxinst.transforms import AugmentConfig
 from pipelines import registry, settings, storage
 from pipelines.schema import Category
 from pipelines.train import TrainConfig, TrainResult, run
@@ -183,8 +181,11 @@ def test_two_workers_stay_in_step_and_end_alike_when_one_dies(config: TrainConfi
     assert (unbroken.status, unbroken.steps, unbroken.metrics) == ("finished", 8, {})
 
     def kill_a_worker() -> None:
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
-        workers[1].kill()
+        below = {p.pid for p in psutil.Process().children(recursive=True)}
+        # By their titles; a process may end while it is asked.
+        titles = {p.pid: "".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]) if p.pid in below}
+        workers = [pid for pid, title in titles.items() if "RayTrainWorker" in title]
+        os.kill(workers[1], signal.SIGKILL)
 
     folder = settings.home() / "runs" / "killed"
     # The checkpoint before is registered once a later one is there.

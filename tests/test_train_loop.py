@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from boxinst.condinst import CondInst, ModelConfig
-from boxinst.criterion import Criterion, LossConfig
+from boxinst.condinst import CondInst
+from boxinst.config import LossConfig, ModelConfig
+from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch, Targets
 from pipelines import checkpoint
+from pipelines.config import TrainConfig
 from pipelines.optimization import make_average, make_optimizer, make_schedule
-from pipelines.train_config import TrainConfig
 from pipelines.train_loop import Job, Journal, Learner, _step
 
 CONFIG = TrainConfig(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from boxinst import rle, transforms
+from boxinst.config import AugmentConfig
 from boxinst.errors import InputError
 from boxinst.structures import Instances, Targets
-from boxinst.transforms import AugmentConfig
 
 
 def sample(height: int = 40, width: int = 56, count: int = 6, seed: int = 0) -> tuple[torch.Tensor, Targets]:

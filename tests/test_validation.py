@@ -13,7 +13,8 @@ from PIL import Image
 
 import boxinst
 from boxinst import rle
-from boxinst.condinst import CondInst, ModelConfig
+from boxinst.condinst import CondInst
+from boxinst.config import ModelConfig
 from boxinst.structures import Instances
 from pipelines.feed import ShardIndex
 from pipelines.samples import sample_from_row

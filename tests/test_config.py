@@ -1,4 +1,4 @@
-"""pipelines.train_config: every mistake in the options is named."""
+"""pipelines.config: every mistake in the options is named."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from boxinst.condinst import ModelConfig
-from boxinst.criterion import LossConfig
+from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
-from boxinst.transforms import AugmentConfig
-from pipelines.train_config import MAY_CHANGE, TrainConfig
+from pipelines.config import MAY_CHANGE, TrainConfig
 
 GOOD = TrainConfig(shards="s", steps=10)
 

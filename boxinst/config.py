@@ -1,0 +1,170 @@
+"""Every choice about network, losses and augmentation. Imports nothing heavy: a command line is read at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from boxinst.errors import InputError
+
+BACKBONES = {
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3)),
+}
+"""Torchvision's residual block, and the number of them at each stride."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Two models with equal configs have the same parameters by name and shape."""
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes in label order. Left empty, training takes them from the corpus."""
+    backbone: str = "resnet50"
+    """resnet18, resnet34, resnet50 or resnet101. Smaller ones for laptops and simple objects."""
+    width: int = 64
+    """Channels of the backbone's stem. 64 is the published network; 32 halves every stage for small data on a CPU."""
+    backbone_weights: str = ""
+    """Where the backbone starts: empty for random weights with trainable normalisation; `imagenet`, or the name of a
+    torchvision weight such as `IMAGENET1K_V2`, or a file of them, for pretrained weights with frozen normalisation."""
+    fpn_channels: int = 256
+    """Channels of the feature pyramid and the heads on it."""
+    detect: bool = True
+    """Train and keep the FCOS head: detections with masks, no boxes needed."""
+    prompt: bool = True
+    """Train and keep the box-prompt head: one mask for every given box."""
+    dense_layers: int = 4
+    """Convolutions in each tower of the FCOS head."""
+    mask_stride: int = 8
+    """Pixels per cell of the mask features: 8 as published, 4 or 2 where objects are only some 20 pixels wide. Mask
+    logits, and so the losses, have half this stride."""
+    mask_branch_channels: int = 128
+    """Channels inside the mask branch."""
+    mask_branch_layers: int = 4
+    """Convolutions of the mask branch after the levels are added up."""
+    mask_channels: int = 16
+    """Channels of the mask features that the dynamic head reads."""
+    head_channels: int = 8
+    """Channels of the dynamic head."""
+    head_layers: int = 3
+    """Layers of the dynamic head."""
+    prompt_context: float = 1.2
+    """The prompt head looks at the given box grown by this factor."""
+    prompt_cells: int = 7
+    """Side of the grid that RoIAlign samples in that region."""
+    contrast_stretch: tuple[float, float] | None = None
+    """Percentiles (low, high) stretched to black and white, over the whole image, before anything else. Useful for dim
+    images such as fluorescence microscopy: (0.5, 99.8)."""
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """RGB mean that the network's input is shifted by."""
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """RGB deviation that the network's input is divided by."""
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise InputError("model.backbone", self.backbone, f"Choose one of {', '.join(BACKBONES)}.")
+        if self.mask_stride not in (2, 4, 8):
+            raise InputError("model.mask_stride", self.mask_stride, "Choose 2, 4 or 8.")
+        if not (self.detect or self.prompt):
+            raise InputError("model.detect and model.prompt", "both False", "Switch at least one of them on.")
+        if self.backbone_weights and self.width != 64:
+            raise InputError(
+                "model.width", self.width, "Pretrained backbones have width 64: set it, or drop the weights."
+            )
+        for name in ("width", "fpn_channels", "mask_branch_channels", "mask_channels", "head_channels", "prompt_cells"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}", getattr(self, name), "Give a positive number.")
+        if self.head_layers < 2:
+            raise InputError("model.head_layers", self.head_layers, "Give at least 2.")
+        if self.prompt_context < 1:
+            raise InputError("model.prompt_context", self.prompt_context, "Give 1 (the box itself) or more.")
+        if self.contrast_stretch is not None:
+            low, high = self.contrast_stretch
+            if not 0 <= low < high <= 100:
+                raise InputError("model.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
+
+    @property
+    def mask_level(self) -> int:
+        """log2 of the mask stride."""
+        return int(math.log2(self.mask_stride))
+
+    @property
+    def loss_stride(self) -> int:
+        """Pixels per cell of the mask logits."""
+        return self.mask_stride // 2
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and constants of the losses."""
+
+    projection_weight: float = 1.0
+    """Weight of the projection loss (BoxInst eq. 4)."""
+    pairwise_weight: float = 1.0
+    """Weight of the pairwise colour loss (BoxInst eq. 7). 0 leaves projection alone, which yields boxy masks."""
+    warmup_steps: int = 10_000
+    """Steps over which the pairwise weight grows from 0. 10,000 as published for 90,000 steps; for short schedules
+    about a tenth of the steps. Raise it when masks collapse early in training."""
+    color_threshold: float = 0.3
+    """Least colour similarity (τ) of neighbours that are taken to have one label. Raise it when masks flow over their
+    object's border, lower it when they stay patchy."""
+    kernel_size: int = 3
+    """Side of the neighbourhood of the colour edges."""
+    dilation: int = 2
+    """Spacing of that neighbourhood, in cells of the loss grid."""
+    theta: float = 2.0
+    """Scale θ of the colour similarity exp(−‖c_i − c_j‖ / θ)."""
+    bottom_pixels: int = 0
+    """Rows at the bottom of the original image that take no part in colour edges. 10 for COCO, whose photographs often
+    have a border there; 0 elsewhere."""
+    prompt_margin: float = 0.5
+    """Background around each box that the prompt losses see, as a share of its longer side, and at least four cells of
+    the mask features. It is what teaches that not everything is object: with little of it, masks saturate."""
+    max_positives: int = 64
+    """Detection: locations per image that get mask losses, shared evenly among its objects."""
+
+    def __post_init__(self) -> None:
+        for name in ("projection_weight", "pairwise_weight", "warmup_steps", "bottom_pixels", "prompt_margin"):
+            if getattr(self, name) < 0:
+                raise InputError(f"loss.{name}", getattr(self, name), "Give 0 or more.")
+        if not 0 <= self.color_threshold <= 1:
+            raise InputError("loss.color_threshold", self.color_threshold, "Give a similarity between 0 and 1.")
+        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
+            raise InputError("loss.kernel_size", self.kernel_size, "Give an odd number of at least 3.")
+        for name in ("dilation", "max_positives"):
+            if getattr(self, name) < 1:
+                raise InputError(f"loss.{name}", getattr(self, name), "Give at least 1.")
+        if self.theta <= 0:
+            raise InputError("loss.theta", self.theta, "Give a positive number.")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to a training image, in this order: contrast stretch, resize, crop, flips."""
+
+    short_sides: tuple[int, ...] = ()
+    """Multi-scale training: the shorter side is resized to one of these, drawn at random. Empty keeps the size."""
+    max_side: int = 1333
+    """Upper bound of the longer side when resizing."""
+    crop: int = 0
+    """Side of a square cut out at random, in pixels after resizing; a side that is shorter stays whole. 0 for no
+    crop. Crops make dense images cheap and batches even; objects cut by the border train no mask."""
+    hflip: bool = True
+    """Mirror left and right, half of the time."""
+    vflip: bool = False
+    """Mirror up and down, half of the time. For images without an upright direction, such as microscopy."""
+    contrast_stretch: tuple[float, float] | None = None
+    """Percentiles of the whole image that become 0 and 255, for example 0.5 and 99.8; None leaves it as it is. Must
+    equal the model's own setting, which training sees to."""
+
+    def __post_init__(self) -> None:
+        if any(side < 1 for side in self.short_sides):
+            raise InputError("augment.short_sides", self.short_sides, "Give sides of at least 1 pixel.")
+        if self.max_side < 1:
+            raise InputError("augment.max_side", self.max_side, "Give at least 1 pixel.")
+        if self.crop < 0:
+            raise InputError("augment.crop", self.crop, "Give a side in pixels, or 0 for no crop.")
+        if self.contrast_stretch is not None and not 0 <= self.contrast_stretch[0] < self.contrast_stretch[1] <= 100:
+            raise InputError("augment.contrast_stretch", self.contrast_stretch, "Give 0 ≤ low < high ≤ 100.")
