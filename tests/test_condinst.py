@@ -7,6 +7,7 @@ import torch
 
 import boxinst
 from boxinst import CondInst, InputError, ModelConfig
+from boxinst.dynamic import HeadShape
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
 TINY |= {"mask_branch_channels": 8, "mask_branch_layers": 1, "dense_layers": 1}
@@ -48,7 +49,7 @@ def test_forward_shapes(stride):
     out = model(torch.zeros(2, 3, 64, 96), boxes)
     assert out.mask_features.shape == (2, 16, 64 // stride, 96 // stride)
     assert out.prompt is not None
-    assert out.prompt.shape == (1, model.config.head.num_parameters)
+    assert out.prompt.shape == (1, HeadShape.of(model.config).num_parameters)
     assert out.dense is not None
     assert out.dense.class_logits.shape[1] == sum(h * w for h, w in out.dense.grids)
 
