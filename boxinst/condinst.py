@@ -25,7 +25,7 @@ from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
 from boxinst.fcos import DETECT_LEVELS, FPN, DenseHead, DenseOutputs, ResNet
 from boxinst.structures import Instances
-from boxinst.weights import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
+from boxinst.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
 
 _HIDDEN = 256
 """Units of the prompt head between the pooled features and the parameters."""
@@ -128,9 +128,15 @@ class CondInst(nn.Module):
         self.config = config
         levels = tuple(range(config.mask_level, 6))
         head, channels = HeadShape.of(config), config.fpn_channels
-        self.backbone = ResNet(config.backbone, config.width, frozen_norm=bool(config.backbone_weights))
+        self.backbone = ResNet(
+            config.backbone,
+            config.width,
+            frozen_norm=config.frozen_norm or bool(config.backbone_weights),
+            stride_in_1x1=config.stride_in_1x1,
+            frozen_stages=config.frozen_stages,
+        )
         if config.backbone_weights and pretrained:
-            load_backbone(self.backbone, config.backbone, config.backbone_weights)
+            load_backbone(self.backbone, config)
         self.fpn = FPN(self.backbone.channels, channels, finest=levels[0], top=config.detect)
         self.mask_branch = MaskBranch(
             levels, channels, config.mask_branch_channels, config.mask_channels, config.mask_branch_layers
@@ -138,7 +144,9 @@ class CondInst(nn.Module):
         # A class list may still be empty while only prompts are used; the dense head then keeps one class.
         classes = max(len(config.classes), 1)
         self.dense_head = (
-            DenseHead(channels, classes, head.num_parameters, layers=config.dense_layers) if config.detect else None
+            DenseHead(channels, classes, head.num_parameters, layers=config.dense_layers, groups=config.head_groups)
+            if config.detect
+            else None
         )
         self.prompt_head = (
             PromptHead(channels, tuple(k for k in levels if k >= 2), config.prompt_cells, config.prompt_context, head)
@@ -196,10 +204,16 @@ class CondInst(nn.Module):
         score_threshold: float = 0.05,
         max_detections: int = 100,
         logits: bool = False,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Instances]:
         """Detections with masks. See ``predict.detect``."""
         return predict.detect(
-            self, images, score_threshold=score_threshold, max_detections=max_detections, logits=logits
+            self,
+            images,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+            logits=logits,
+            sizes=sizes,
         )
 
 

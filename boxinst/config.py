@@ -29,6 +29,15 @@ class ModelConfig:
     backbone_weights: str = ""
     """Where the backbone starts: empty for random weights with trainable normalisation; `imagenet`, or the name of a
     torchvision weight such as `IMAGENET1K_V2`, or a file of them, for pretrained weights with frozen normalisation."""
+    stride_in_1x1: bool = False
+    """Where a bottleneck of ResNet-50 and -101 halves the resolution: in its first 1×1 convolution, as Detectron2's and
+    Caffe's weights want it, or in its 3×3 convolution, as torchvision's do."""
+    frozen_norm: bool = False
+    """Keep the statistics and the affine of the backbone's batch normalisation fixed. Always so where
+    `backbone_weights` are given."""
+    frozen_stages: int = 0
+    """How much of the backbone is not trained: 1 the stem, 2 the first stage of blocks too, and so on to 5. 2 as
+    published, for pretrained weights; 0 where the backbone starts from random weights."""
     fpn_channels: int = 256
     """Channels of the feature pyramid and the heads on it."""
     detect: bool = True
@@ -37,6 +46,9 @@ class ModelConfig:
     """Train and keep the box-prompt head: one mask for every given box."""
     dense_layers: int = 4
     """Convolutions in each tower of the FCOS head."""
+    head_groups: int = 0
+    """Groups of the normalisation in the towers of the FCOS head; must divide `fpn_channels`. 0 for 32, as published,
+    at 256 channels, and for fewer in slimmer heads."""
     mask_stride: int = 8
     """Pixels per cell of the mask features: 8 as published, 4 or 2 where objects are only some 20 pixels wide. Mask
     logits, and so the losses, have half this stride."""
@@ -76,6 +88,11 @@ class ModelConfig:
         for name in ("width", "fpn_channels", "mask_branch_channels", "mask_channels", "head_channels", "prompt_cells"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}", getattr(self, name), "Give a positive number.")
+        if not 0 <= self.frozen_stages <= 5:
+            raise InputError("model.frozen_stages", self.frozen_stages, "Give 0 (train all) to 5 (none of it).")
+        if self.head_groups < 0 or (self.head_groups and self.fpn_channels % self.head_groups):
+            remedy = f"Give a divisor of model.fpn_channels ({self.fpn_channels}), or 0."
+            raise InputError("model.head_groups", self.head_groups, remedy)
         if self.head_layers < 2:
             raise InputError("model.head_layers", self.head_layers, "Give at least 2.")
         if self.prompt_context < 1:
@@ -123,10 +140,20 @@ class LossConfig:
     """Background around each box that the prompt losses see, as a share of its longer side, and at least four cells of
     the mask features. It is what teaches that not everything is object: with little of it, masks saturate."""
     max_positives: int = 64
-    """Detection: locations per image that get mask losses, shared evenly among its objects."""
+    """Detection: locations per image that get mask losses, shared evenly among its objects, best scores first."""
+    max_positives_in_all: int = 0
+    """Detection: where above 0, every positive location gets mask losses, up to this many over the images of a worker's
+    batch, drawn at random, in place of the shares of `max_positives`. 500 as published for CondInst with masks."""
 
     def __post_init__(self) -> None:
-        for name in ("projection_weight", "pairwise_weight", "warmup_steps", "bottom_pixels", "prompt_margin"):
+        for name in (
+            "projection_weight",
+            "pairwise_weight",
+            "warmup_steps",
+            "bottom_pixels",
+            "prompt_margin",
+            "max_positives_in_all",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"loss.{name}", getattr(self, name), "Give 0 or more.")
         if not 0 <= self.color_threshold <= 1:

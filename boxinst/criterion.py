@@ -27,7 +27,15 @@ from boxinst.dynamic import (
     upsample,
     window_groups,
 )
-from boxinst.fcos import SIZES_OF_INTEREST, DenseOutputs, assign, locations, sample_positives
+from boxinst.fcos import (
+    SIZES_OF_INTEREST,
+    DenseOutputs,
+    Locations,
+    assign,
+    locations,
+    sample_positives,
+    sampling_centers,
+)
 from boxinst.predict import prompt_coordinates
 from boxinst.structures import Batch, Targets
 
@@ -95,7 +103,7 @@ class Criterion:
             dense = outputs.dense
             for tensor in (dense.class_logits, dense.distances, dense.centerness, dense.controllers):
                 total = total + tensor.sum() * 0
-            detection, sums = self._detect(outputs.mask_features, dense, batch, similarity)
+            detection, sums = self._detect(outputs.mask_features, dense, batch, similarity, step)
             terms |= detection
             terms |= self._weigh(sums, step, prefix="detect_")
         total = total + sum(terms.values())
@@ -154,16 +162,21 @@ class Criterion:
         return sums
 
     def _detect(
-        self, features: Tensor, dense: DenseOutputs, batch: Batch, similarity: Tensor
+        self, features: Tensor, dense: DenseOutputs, batch: Batch, similarity: Tensor, step: int
     ) -> tuple[dict[str, Tensor], _MaskSums]:
         """Losses of the FCOS head, and mask losses of its positive locations."""
         places = locations(dense.grids, dense.class_logits.device)
         focal, box, center = [], [], []
         counts, weights = [], []
-        sums = self._nothing(dense.controllers)
+        kept, owners, chosen = [], [], []
         for n, targets in enumerate(batch.targets):
             targets = targets[~targets.crowd]
-            assigned = assign(places, targets.boxes)
+            centers = sampling_centers(
+                targets.boxes,
+                (batch.images.shape[2], batch.images.shape[3]),
+                None if targets.masks is None else targets.masks & targets.has_mask[:, None, None],
+            )
+            assigned = assign(places, targets.boxes, centers)
             positive = (assigned.instance >= 0).nonzero().squeeze(1)
             owner = assigned.instance[positive]
             wanted = torch.zeros_like(dense.class_logits[n], dtype=torch.float32)
@@ -174,7 +187,12 @@ class Criterion:
             center.append(losses.centerness_loss(dense.centerness[n, positive], weight))
             counts.append(torch.ones_like(weight).sum())
             weights.append(weight.sum())
-            sums = sums + self._detect_mask_sums(features, dense, n, targets, assigned.instance, similarity)
+            kept.append(targets)
+            owners.append(assigned.instance)
+            chosen.append(self._positives(dense, n, targets, assigned.instance))
+        sums = self._nothing(dense.controllers)
+        for n, where in enumerate(self._drawn(chosen, step)):
+            sums = sums + self._detect_mask_sums(features, dense, places, n, kept[n], owners[n], where, similarity)
         sizes = torch.stack([torch.stack(counts).sum(), torch.stack(weights).sum()])
         count, weight = _mean_over_ranks(sizes).unbind()
         terms = {
@@ -184,18 +202,39 @@ class Criterion:
         }
         return terms, sums
 
+    def _positives(self, dense: DenseOutputs, n: int, targets: Targets, instance: Tensor) -> Tensor:
+        """Indices of the positive locations of one image that get mask losses, before any limit for all images."""
+        if not len(targets):
+            return instance.new_zeros(0)
+        usable = torch.where(targets.tight[instance.clamp(min=0)], instance, -1)
+        if self.config.max_positives_in_all:
+            return (usable >= 0).nonzero().squeeze(1)
+        # The best class, not the true one, as published.
+        quality = dense.class_logits[n].float().amax(1).sigmoid() * dense.centerness[n].float().sigmoid()
+        return sample_positives(usable, quality.detach(), self.config.max_positives)
+
+    def _drawn(self, chosen: list[Tensor], step: int) -> list[Tensor]:
+        """At most ``max_positives_in_all`` of the locations of all images together, the same ones for the same step."""
+        limit, lengths = self.config.max_positives_in_all, [len(where) for where in chosen]
+        if not limit or sum(lengths) <= limit:
+            return chosen
+        keep = torch.zeros(sum(lengths), dtype=torch.bool)
+        keep[torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(step))[:limit]] = True
+        parts = keep.split(lengths)
+        return [where[part.to(where.device)] for where, part in zip(chosen, parts, strict=True)]
+
     def _detect_mask_sums(
-        self, features: Tensor, dense: DenseOutputs, n: int, targets: Targets, instance: Tensor, similarity: Tensor
+        self,
+        features: Tensor,
+        dense: DenseOutputs,
+        places: Locations,
+        n: int,
+        targets: Targets,
+        instance: Tensor,
+        where: Tensor,
+        similarity: Tensor,
     ) -> _MaskSums:
-        """Mask losses of one image's positive locations, over the whole map as published."""
-        places = locations(dense.grids, dense.class_logits.device)
-        usable = (
-            torch.where(instance >= 0, targets.tight[instance.clamp(min=0)], False) if len(targets) else instance >= 0
-        )
-        label = targets.labels[instance.clamp(min=0)] if len(targets) else instance
-        quality = dense.class_logits[n].gather(1, label.clamp(min=0)[:, None]).squeeze(1).float().sigmoid()
-        quality = (quality * dense.centerness[n].float().sigmoid()).detach()
-        where = sample_positives(torch.where(usable, instance, -1), quality, self.config.max_positives)
+        """Mask losses of the locations ``where`` of one image, over the whole map as published."""
         if not len(where):
             return self._nothing(dense.controllers)
         who, stride = instance[where], self.model.loss_stride
@@ -211,7 +250,9 @@ class Criterion:
         )
         logits = aligned_upsample(coarse.float(), 2)
         size = (logits.shape[1], logits.shape[2])
-        windows = box_masks(targets.boxes, size, stride)[who]
+        # As published a box holds every pixel that it covers in part, and a cell stands for one of them.
+        covered = torch.cat([targets.boxes[:, :2].floor(), targets.boxes[:, 2:]], 1)
+        windows = box_masks(covered, size, stride)[who]
         by_mask = targets.has_mask[who]
         truth = None
         if targets.masks is not None and bool(by_mask.any()):

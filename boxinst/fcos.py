@@ -34,9 +34,13 @@ class ResNet(resnet.ResNet):
         name: a key of ``config.BACKBONES``.
         width: channels of the stem; 64 is the published network.
         frozen_norm: batch normalisation with fixed statistics and affine, for pretrained weights.
+        stride_in_1x1: bottlenecks halve the resolution in their first convolution, as in Caffe's ResNets.
+        frozen_stages: 1 the stem, 2 the first stage of blocks too, ...: parameters that are not trained.
     """
 
-    def __init__(self, name: str, width: int, *, frozen_norm: bool) -> None:
+    def __init__(
+        self, name: str, width: int, *, frozen_norm: bool, stride_in_1x1: bool = False, frozen_stages: int = 0
+    ) -> None:
         kind, layers = BACKBONES[name]
         block = getattr(resnet, kind)
         norm: Callable[..., nn.Module] = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
@@ -54,6 +58,12 @@ class ResNet(resnet.ResNet):
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if stride_in_1x1 and kind == "Bottleneck":
+            for first in (stage[0] for stage in stages):  # torchvision lays the stride into the second convolution
+                first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+        for module in [self.conv1, self.bn1][: 2 * frozen_stages] + stages[: max(frozen_stages - 1, 0)]:
+            module.requires_grad_(False)
         self.channels = {1: width, **{level: width * 2 ** (level - 2) * block.expansion for level in (2, 3, 4, 5)}}
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
@@ -116,11 +126,11 @@ class DenseHead(nn.Module):
     """FCOS head: two towers of convolutions with GroupNorm, shared by the levels; centre-ness and the controller
     read the box tower."""
 
-    def __init__(self, channels: int, num_classes: int, num_parameters: int, *, layers: int) -> None:
+    def __init__(self, channels: int, num_classes: int, num_parameters: int, *, layers: int, groups: int = 0) -> None:
         super().__init__()
 
         # 32 groups of the published 256 channels; fewer in slim heads, as a group of one value cannot be normalised.
-        groups = math.gcd(32, max(channels // 8, 1))
+        groups = groups or math.gcd(32, max(channels // 8, 1))
 
         def tower() -> nn.Sequential:
             parts: list[nn.Module] = []
@@ -201,7 +211,32 @@ class Assignment:
     """[L] in 0..1, 0 on background."""
 
 
-def assign(places: Locations, boxes: Tensor) -> Assignment:
+def sampling_centers(boxes: Tensor, size: tuple[int, int], masks: Tensor | None = None) -> Tensor:
+    """The point of each instance around which its positive locations lie.
+
+    As published it is the centre of gravity of the instance drawn on whole pixels, where a pixel counts by its index:
+    of its mask where there is one, else of its box, which covers the pixels ⌊x0⌋ to ⌊x1⌋ and ⌊y0⌋ to ⌊y1⌋.
+
+    Args:
+        boxes: [n, 4] xyxy pixels.
+        size: (height, width) of the padded image.
+        masks: [n, height, width] bool; rows without any pixel count as no mask. None when there are no masks.
+
+    Returns:
+        [n, 2] (x, y).
+    """
+    last = boxes.new_tensor([size[1] - 1, size[0] - 1])
+    centers = (boxes[:, :2].floor() + boxes[:, 2:].floor().minimum(last)) / 2
+    if masks is None or not len(masks):
+        return centers
+    columns, rows = masks.sum(1), masks.sum(2)  # [n, width], [n, height] int64, so that the moments are exact
+    area = columns.sum(1)
+    moments = [(counts * torch.arange(counts.shape[1], device=masks.device)).sum(1) for counts in (columns, rows)]
+    gravity = torch.stack(moments, 1) / area.clamp(min=1)[:, None]
+    return torch.where((area > 0)[:, None], gravity.to(centers.dtype), centers)
+
+
+def assign(places: Locations, boxes: Tensor, centers: Tensor | None = None) -> Assignment:
     """Which location predicts which box (FCOS section 3.1 with centre sampling).
 
     A location is positive for a box when it lies strictly inside the box and inside a square of ``CENTER_RADIUS``
@@ -211,6 +246,7 @@ def assign(places: Locations, boxes: Tensor) -> Assignment:
     Args:
         places: L locations.
         boxes: [n, 4] xyxy pixels.
+        centers: [n, 2] from ``sampling_centers``; the middles of the boxes when None.
     """
     count = len(places.points)
     if not len(boxes):
@@ -224,6 +260,8 @@ def assign(places: Locations, boxes: Tensor) -> Assignment:
     distances = torch.stack([x - x0, y - y0, x1 - x, y1 - y], 2)  # [L, n, 4]
     reach = CENTER_RADIUS * places.strides[:, None]
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    if centers is not None:
+        cx, cy = centers.unbind(1)
     inside = distances.amin(2) > 0
     inside &= (x - torch.maximum(cx - reach, x0)).minimum(torch.minimum(cx + reach, x1) - x) > 0
     inside &= (y - torch.maximum(cy - reach, y0)).minimum(torch.minimum(cy + reach, y1) - y) > 0
@@ -248,16 +286,19 @@ def assign(places: Locations, boxes: Tensor) -> Assignment:
 def sample_positives(instance: Tensor, scores: Tensor, limit: int) -> Tensor:
     """At most ``limit`` positive locations of one image, shared evenly among its boxes, best scores first.
 
+    Of g boxes that have a positive location each gets at most max(⌊limit / g⌋, 1), also where there are fewer than
+    ``limit`` in all, as published.
+
     Args:
         instance: [L] the box of each location, −1 for background.
-        scores: [L] class × centre-ness.
+        scores: [L] class × centre-ness, of the best class.
         limit: how many in all; each box gets at least one.
 
     Returns:
-        Indices of the locations, int64.
+        Indices of the locations, int64, by box and within a box by score.
     """
     positive = (instance >= 0).nonzero().squeeze(1)
-    if len(positive) <= limit:
+    if not len(positive):
         return positive
     owner = instance[positive]
     order = scores[positive].argsort(descending=True, stable=True)
@@ -301,12 +342,18 @@ def decode(
     """Dense outputs of one image → its detections, best first.
 
     The score is √(class × centre-ness); candidates are those whose class × centre-ness is above
-    ``score_threshold``, the best ``before_nms`` of each level.
+    ``score_threshold``, the best ``before_nms`` of each level. Boxes are clipped to the image last, as published: a
+    box that reaches far beyond the image is told from its neighbours by all of its extent, and one of which nothing
+    is left is dropped only then.
 
     Args:
         outputs: dense outputs of a batch.
         image: which image of the batch.
-        size: its (height, width) without padding; boxes are clipped to it.
+        size: its (height, width) without padding.
+        score_threshold: in the unit of class × centre-ness.
+        before_nms: candidates of a level.
+        nms_threshold: IoU above which the lesser of two boxes of one class is dropped.
+        max_detections: boxes of all classes that are kept.
     """
     places = locations(outputs.grids, outputs.class_logits.device)
     centerness = outputs.centerness[image].float().sigmoid()
@@ -319,9 +366,11 @@ def decode(
     location, label = torch.cat(picked).unbind(1)
     distances = outputs.distances[image].float()[location] * places.strides[location, None]
     boxes = boxes_from_distances(places.points[location], distances)
-    limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
-    boxes = boxes.clamp(min=0).minimum(limit)
     scores = quality[location, label].sqrt()
-    whole = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero().squeeze(1)
-    keep = whole[batched_nms(boxes[whole], scores[whole], label[whole], nms_threshold)][:max_detections]
+    # batched_nms may move the classes apart by large shifts, which in single precision would blur the coordinates,
+    # and does it right for coordinates from 0 only.
+    moved = boxes.double() - (boxes.amin() if len(boxes) else 0)
+    keep = batched_nms(moved, scores.double(), label, nms_threshold)[:max_detections]
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([size[1], size[0], size[1], size[0]]))
+    keep = keep[((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)[keep]]
     return Detections(boxes[keep], scores[keep], label[keep], location[keep])

@@ -5,10 +5,11 @@ Shape letters: N images, P instances, H and W pixels, h and w cells of the mask 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from boxinst.dynamic import (
@@ -86,15 +87,20 @@ def detect(
     score_threshold: float = 0.05,
     max_detections: int = 100,
     logits: bool = False,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Instances]:
     """Detections with masks, best first. Masks are not cropped to their boxes, as published.
+
+    Probabilities, not logits, are brought to the image's resolution, and a pixel above ½ belongs to the mask.
 
     Args:
         model: a network with the FCOS head.
         images: N uint8 RGB [3, H, W], of any sizes.
         score_threshold: least class × centre-ness of a candidate.
         max_detections: kept per image, after non-maximum suppression.
-        logits: also return the mask logits at the image's resolution.
+        logits: also return the mask logits, log(p / (1 − p)), at the resolution of the masks.
+        sizes: N (height, width) in whose pixels boxes and masks are wanted, where the images were resized for the
+            network; those of the images when None.
 
     Raises:
         InputError: the model has no FCOS head.
@@ -102,6 +108,8 @@ def detect(
     if model.dense_head is None:
         raise InputError("model", "has no detection head", "Train with model.detect on, or use segment() with boxes.")
     _check(images, None, None)
+    if sizes is not None and len(sizes) != len(images):
+        raise InputError("sizes", f"{len(sizes)} entries", f"There are {len(images)} images: give one entry for each.")
     result: list[Instances | None] = [None] * len(images)
     head, stride = HeadShape.of(model.config), model.config.mask_stride
     for members, outputs, _ in _passes(model, images, None):
@@ -116,11 +124,13 @@ def detect(
                 score_threshold=score_threshold,
                 max_detections=max_detections,
             )
+            rows, columns = (height, width) if sizes is None else sizes[n]
             scales = torch.tensor(SIZES_OF_INTEREST, device=found.boxes.device)[places.levels[found.location]]
-            masks = torch.zeros((len(found.boxes), height, width), dtype=torch.bool)
-            raw = torch.zeros((len(found.boxes), height, width)) if logits else None
+            masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
+            raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
             cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
-            for part in torch.arange(len(found.boxes)).split(max(1, _CELLS_AT_ONCE // (cells * stride))):
+            at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
+            for part in torch.arange(len(found.boxes)).split(at_once):
                 where = found.location[part]
                 maps = dynamic_masks(
                     outputs.mask_features[k : k + 1],
@@ -131,12 +141,24 @@ def detect(
                     head=head,
                     stride=stride,
                 ).float()
-                fine = aligned_upsample(aligned_upsample(maps, 2).sigmoid(), stride // 2)[:, :height, :width]
-                masks[part] = (fine > 0.5).cpu()
+                maps = aligned_upsample(maps, 2)
+                inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
+                masks[part] = (inside > 0.5).cpu()
                 if raw is not None:
-                    raw[part] = torch.logit(fine, eps=1e-6).cpu()
-            result[n] = Instances(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
+                    # The counter-probability on its own, since 1 − p has no digits left where p is near 1.
+                    outside = _to_image((-maps).sigmoid(), stride // 2, (height, width), (rows, columns))
+                    raw[part] = (inside.log() - outside.log()).cpu()
+            boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
+            result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
     return result  # type: ignore[return-value]
+
+
+def _to_image(maps: Tensor, factor: int, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Maps [P, h, w] of a padded image up-sampled by ``factor``, without the padding, at the (height, width) wanted."""
+    fine = aligned_upsample(maps, factor)[:, : size[0], : size[1]]
+    if size == wanted:
+        return fine
+    return F.interpolate(fine[:, None], wanted, mode="bilinear", align_corners=False)[:, 0]
 
 
 def _check(images: list[Tensor], boxes: list[Tensor] | None, labels: list[Tensor] | None) -> None:

@@ -1,25 +1,23 @@
-"""Weights on disk: a model's own folder (safetensors and JSON), and pretrained backbones."""
+"""Weights on disk: a model's own folder (safetensors and JSON), and published checkpoints imported as models."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from safetensors.torch import save_file
+from torch import Tensor
 
+from boxinst import published
+from boxinst.condinst import CondInst
 from boxinst.errors import InputError
+from boxinst.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, check_tensors, load_strict, read_tensors
 
-if TYPE_CHECKING:
-    from boxinst.condinst import CondInst
-
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+Source = str | Path | Mapping[str, Tensor]
+"""A checkpoint's file, or its state dict."""
 
 
 def save(model: CondInst, path: str | Path) -> None:
@@ -32,56 +30,70 @@ def save(model: CondInst, path: str | Path) -> None:
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 
-def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads ``state`` into ``model``; every key and shape must match.
-
-    Raises:
-        InputError: lists the missing and unexpected keys and the shapes that differ.
-    """
-    own = model.state_dict()
-    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    problems += [
-        f"{k} is {list(state[k].shape)}, the model has {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise InputError(source, shown, "Use weights of the same architecture and class list as the config.")
-    model.load_state_dict(state)
-
-
-def _read_backbone(backbone: str, weights: str) -> dict[str, Tensor]:
-    path = Path(weights)
-    if path.suffix == ".safetensors" and path.is_file():
-        return load_file(path)
-    if path.is_file():
-        return torch.load(path, map_location="cpu", weights_only=True)
-    options = get_model_weights(backbone)
-    names = {w.name: w for w in options}
-    if weights == "imagenet":
-        return options.DEFAULT.get_state_dict(progress=True, check_hash=True)
-    if weights in names:
-        return names[weights].get_state_dict(progress=True, check_hash=True)
-    raise InputError(
-        "model.backbone_weights",
-        weights,
-        f"Give `imagenet`, one of {', '.join(names)}, or an existing file of torchvision weights for {backbone}.",
-    )
-
-
-def load_backbone(module: nn.Module, backbone: str, weights: str) -> None:
-    """Loads pretrained weights in torchvision's layout into a backbone.
+def from_adelaidet(source: Source, classes: Sequence[str] | None = None) -> CondInst:
+    """BoxInst or CondInst as AdelaiDet publishes it, with ResNet and FPN, ready to detect in RGB images.
 
     Args:
-        module: the backbone.
-        backbone: its name in torchvision, for example ``resnet50``.
-        weights: ``imagenet``, the name of a torchvision weight, or a local file.
+        source: a ``.pth`` or ``.safetensors`` file, or a state dict of AdelaiDet's names.
+        classes: names in label order; COCO's 80 when None.
+
+    Returns:
+        A model in evaluation mode, without the prompt head, which no published checkpoint has.
 
     Raises:
-        InputError: unknown name, or keys that do not fit.
+        InputError: not such a checkpoint, another network, or another number of classes.
     """
-    state = _read_backbone(backbone, weights)
-    # The classifier, and the counters that only trainable normalisation has, are not part of a frozen backbone.
-    state = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
-    load_strict(module, state, f"backbone weights {weights}")
+    return import_checkpoint("adelaidet", source, classes)[0]
+
+
+def from_mmdetection(source: Source, classes: Sequence[str] | None = None) -> CondInst:
+    """BoxInst or CondInst as MMDetection 3 publishes it, with ResNet and FPN, ready to detect in RGB images.
+
+    Its network differs in sizes alone (BoxInst's dynamic head has 16 channels) and in the place of the backbone's
+    stride. What it does after the network differs: MMDetection compares the class score alone with the threshold and
+    reports class × centre-ness; here, as in AdelaiDet, the product is compared and its root is reported.
+
+    Args:
+        source: a ``.pth`` or ``.safetensors`` file, or a state dict of MMDetection's names.
+        classes: names in label order; the file's own, else COCO's 80, when None.
+
+    Raises:
+        InputError: not such a checkpoint, another network, another number of classes, or a file whose config departs
+            from the published one in a way that this network cannot express.
+    """
+    return import_checkpoint("mmdet", source, classes)[0]
+
+
+def import_checkpoint(
+    layout: published.Layout, source: Source, classes: Sequence[str] | None = None
+) -> tuple[CondInst, list[str]]:
+    """``from_adelaidet`` or ``from_mmdetection``, and notes on what of the checkpoint was left out and why."""
+    content: Any = None
+    if isinstance(source, Mapping):
+        name, state = "state dict", check_tensors(source, "state dict")
+    else:
+        name = str(source)
+        state, content = read_tensors(source)
+    found = published.translate(layout, state, classes, source=name, content=content)
+    model = CondInst(found.config, pretrained=False)
+    load_strict(model, found.state, name)
+    return model.eval(), found.notes
+
+
+def with_classes(model: CondInst, classes: Sequence[str]) -> CondInst:
+    """The same network for other classes: its classifier starts anew, everything else is kept.
+
+    Args:
+        model: with the FCOS head or without.
+        classes: names in label order.
+
+    Raises:
+        InputError: no class is given.
+    """
+    if not classes:
+        raise InputError("classes", "none given", "Give the names of the classes.")
+    fresh = CondInst(replace(model.config, classes=tuple(classes)), pretrained=False)
+    start = fresh.state_dict()
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("dense_head.class_logits.")}
+    fresh.load_state_dict(start | kept)
+    return fresh.train(model.training)

@@ -14,8 +14,8 @@ from torch import Tensor
 import boxinst
 from boxinst.condinst import CondInst
 from boxinst.structures import Instances
+from boxinst.tensors import CONFIG_FILE, WEIGHTS_FILE
 from boxinst.transforms import eval_resize, restore
-from boxinst.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.config import Resolution
 
 MASK_PIXELS = 2**28
@@ -81,8 +81,9 @@ def detect(
 ) -> Instances:
     """Detections in one image (uint8 RGB [3, H, W]), in its own pixels."""
     resized, _ = eval_resize(image, resolution.short_side, resolution.max_side)
-    (found,) = model.detect([resized], score_threshold=score_threshold, max_detections=max_detections)
-    return restore(found, *image.shape[1:])
+    size = (image.shape[1], image.shape[2])
+    (found,) = model.detect([resized], score_threshold=score_threshold, max_detections=max_detections, sizes=[size])
+    return found
 
 
 def _at_once(image: Tensor) -> int:

@@ -25,7 +25,7 @@ from mlflow.models.evaluation.validation import ModelValidationFailedException
 from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
 from boxinst.errors import InputError
-from boxinst.weights import CONFIG_FILE, WEIGHTS_FILE
+from boxinst.tensors import CONFIG_FILE, WEIGHTS_FILE
 from pipelines import settings, storage
 from pipelines.promotion import PromoteConfig, Promotion, check_name, limits, replay, table
 from pipelines.schema import Category

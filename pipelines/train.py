@@ -25,7 +25,7 @@ from tqdm import tqdm
 import boxinst
 from boxinst.config import ModelConfig
 from boxinst.errors import InputError
-from boxinst.weights import load_strict
+from boxinst.tensors import load_strict
 from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control

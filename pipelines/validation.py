@@ -81,8 +81,8 @@ class Validation:
         if model.config.prompt:
             (found,) = model.segment([resized], [targets.boxes * scale], [targets.labels])
             return replace(restore(found, *image.shape[1:]), boxes=targets.boxes)
-        (found,) = model.detect([resized], max_detections=MAX_DETECTIONS)
-        return restore(found, *image.shape[1:])
+        (found,) = model.detect([resized], max_detections=MAX_DETECTIONS, sizes=[(image.shape[1], image.shape[2])])
+        return found
 
 
 def picture(image: Tensor, targets: Targets, found: Instances) -> Tensor:

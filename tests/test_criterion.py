@@ -8,7 +8,7 @@ import torch
 from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
-from boxinst.dynamic import box_masks, dynamic_masks, upsample
+from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
 from boxinst.predict import prompt_coordinates
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
@@ -93,7 +93,7 @@ def test_prompt_terms_equal_the_whole_map(model):
     boxes = torch.cat([t.boxes for t in data.targets])
     points, scales = prompt_coordinates(boxes)
     index = [0, 0, 0, 1, 1, 1]
-    coarse = dynamic_masks(out.mask_features, index, out.prompt, points, scales, head=CONFIG.head, stride=4)
+    coarse = dynamic_masks(out.mask_features, index, out.prompt, points, scales, head=HeadShape.of(CONFIG), stride=4)
     logits = upsample(coarse, 2)
     inside = box_masks(boxes, (32, 32), 2)
     by_box = torch.tensor([False, True, True, True, True, True])
