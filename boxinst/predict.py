@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 OUTSIDE = -30.0
 """Logit of a pixel that no window covers."""
 
+_LEAST = torch.finfo(torch.float32).tiny
+"""Probability whose logarithm is still finite."""
+
 _CELLS_AT_ONCE = 2**21
 """Bound on instances × mask cells handled at once: about 130 MB of features at 16 channels."""
 
@@ -147,7 +150,7 @@ def detect(
                 if raw is not None:
                     # The counter-probability on its own, since 1 − p has no digits left where p is near 1.
                     outside = _to_image((-maps).sigmoid(), stride // 2, (height, width), (rows, columns))
-                    raw[part] = (inside.log() - outside.log()).cpu()
+                    raw[part] = (inside.clamp(min=_LEAST).log() - outside.clamp(min=_LEAST).log()).cpu()
             boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
             result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
     return result  # type: ignore[return-value]

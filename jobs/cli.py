@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from boxinst.errors import InputError
 COMMANDS = {
     "shard": "COCO boxes + images → Parquet shards, every box accounted for",
     "train": "shards → a tracked and registered model, from boxes alone or with some masks",
+    "import": "a checkpoint published by AdelaiDet or MMDetection → a model",
     "evaluate": "model × shards → mask AP, mask IoU, consistency, beside two baselines",
     "segment": "model × shards → one mask row for every box",
     "review": "mask rows → a FiftyOne dataset, worst consistency first; verdicts are given in its App",
@@ -68,13 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"boxinst: no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"jobs.{name}").main(rest)
+        return importlib.import_module(module(name)).main(rest)
     except InputError as error:
         print(f"boxinst {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"boxinst {name}: interrupted. What was finished is kept; the same command goes on.", file=sys.stderr)
         return 130
+
+
+def module(command: str) -> str:
+    """The module of a command. Where the command's name is a word of the language, an underscore follows."""
+    return f"jobs.{command}_" if keyword.iskeyword(command) else f"jobs.{command}"
 
 
 def count(number: int, noun: str) -> str:

@@ -23,7 +23,7 @@ OWNERS = {
     "fiftyone": {"pipelines.review", "pipelines.feedback"},
 }
 """Each framework, and the only modules that may know it."""
-COMMANDS = {"shard", "train", "evaluate", "segment", "review", "feedback", "promote", "submit", "demo"}
+COMMANDS = {"shard", "train", "import_", "evaluate", "segment", "review", "feedback", "promote", "submit", "demo"}
 ENTRY_LINES = 80
 FILE_LINES = 450
 VAGUE = {"utils", "util", "common", "misc", "helpers", "helper", "tools", "shared"}

@@ -171,7 +171,7 @@ def test_help_is_fast_and_names_every_command() -> None:
 
 def test_no_command_waits_for_heavy_libraries_before_it_has_read_its_options() -> None:
     code = "import importlib, sys; from jobs import cli\n"
-    code += "for name in cli.COMMANDS: importlib.import_module(f'jobs.{name}')\n"
+    code += "for name in cli.COMMANDS: importlib.import_module(cli.module(name))\n"
     code += "print(sorted(set(sys.modules) & {'torch', 'ray', 'mlflow', 'fiftyone'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -223,7 +223,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_runs_as_a_module_and_explains_itself(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{name}", "--help"],
+        [sys.executable, "-m", cli.module(name), "--help"],
         capture_output=True,
         text=True,
         env=os.environ | {"BOXINST_HOME": str(tmp_path / "home")},
