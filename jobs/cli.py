@@ -86,7 +86,7 @@ def module(command: str) -> str:
 
 def count(number: int, noun: str) -> str:
     """A number and its noun: "1 box", "2 boxes"."""
-    ending = "" if number == 1 else "es" if noun.endswith("x") else "s"
+    ending = "" if number == 1 else "es" if noun.endswith(("x", "s")) else "s"
     return f"{number:,} {noun}{ending}"
 
 

@@ -35,15 +35,28 @@ _Loader.add_implicit_resolver(
 
 
 def parse(config_class: type[Config], argv: Sequence[str], *, command: str, about: str | None) -> Config:
-    """The config that a command line asks for.
+    """The config that a command line asks for; ``parse_following`` without anything that follows."""
+    return parse_following(config_class, argv, command=command, about=about, follow=lambda asked, meant: {})[1]
 
-    The value of a field is, in this order: the option given, the recipe's, the dataclass's default.
+
+def parse_following(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    command: str,
+    about: str | None,
+    follow: Callable[[Config, Config], Mapping[str, Any]],
+) -> tuple[Config, Config]:
+    """The config that a command line asks for, before and after some values have followed others.
+
+    The value of a field is, in this order: the option given, what follows, the recipe's, the dataclass's default.
 
     Args:
         config_class: a dataclass; fields that are dataclasses become ``--field.option``.
         argv: the words after the command's name, among them perhaps ``--recipe NAME|FILE``.
         command: the command's name; where it is one of SECTIONS, ``--recipe`` is understood too.
         about: the command's docstring, shown on top of ``--help``.
+        follow: from the config asked for and the one without any option given, values to put above the recipe's.
 
     Raises:
         InputError: the recipe is unknown, or names something that does not exist, or a value is of another type.
@@ -52,11 +65,23 @@ def parse(config_class: type[Config], argv: Sequence[str], *, command: str, abou
     argv = list(argv)
     recipe = _take_recipe(argv) if command in SECTIONS else None
     section = {} if recipe is None else recipe_section(recipe, command)
-    default = with_values(config_class, section, where=f"recipe {recipe}, {command}")
+    where = f"recipe {recipe}, {command}"
+    default = with_values(config_class, section, where=where)
     recipes = f"\n\n--recipe NAME|FILE sets defaults (shipped: {', '.join(recipe_names())})." * (command in SECTIONS)
-    return tyro.cli(
-        config_class, args=argv, default=default, prog=f"boxinst {command}", description=(about or "").strip() + recipes
-    )
+    description = (about or "").strip() + recipes
+
+    def read(base: Config) -> Config:
+        return tyro.cli(config_class, args=argv, default=base, prog=f"boxinst {command}", description=description)
+
+    asked = read(default)
+    values = follow(asked, default)
+    return asked, read(with_values(config_class, _over(section, values), where=where)) if values else asked
+
+
+def _over(section: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``section``, both nested as in a recipe."""
+    nested = {k: _over(section.get(k) or {}, v) for k, v in values.items() if isinstance(v, Mapping)}
+    return {**section, **values, **nested}
 
 
 def recipe_section(recipe: str, command: str) -> dict[str, Any]:

@@ -11,14 +11,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import reduce
 
 from jobs import cli, options
-from pipelines.config import TrainConfig
+from pipelines.config import FOLLOWING, TrainConfig, linear_rule
 
 
 def main(argv: Sequence[str]) -> int:
     """Train as ``argv`` asks."""
-    config = options.parse(TrainConfig, argv, command="train", about=__doc__)
+    asked, config = options.parse_following(TrainConfig, argv, command="train", about=__doc__, follow=linear_rule)
+    if config.reference_batch_size != asked.reference_batch_size:
+        print(f"For batches of {asked.batch_size} instead of {asked.reference_batch_size} images:")
+        for name in FOLLOWING:
+            before, now = (reduce(getattr, name.split("."), c) for c in (asked, config))
+            print(f"  {name:20} {before} → {now}" if before != now else f"  {name:20} {now}, as given")
     from pipelines import train
 
     result = train.run(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
@@ -73,6 +73,9 @@ class TrainConfig:
     init: str = ""
     """Model to fine-tune from: a folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID. Its network is taken
     over, so leave the options of `model` alone."""
+    init_classes: Literal["same", "new"] = "same"
+    """Whether the initial model must have the classes of the shards, or gets a new classifier for them and keeps all
+    the rest. `new` to start from a model of other classes, such as an imported one."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -102,6 +105,9 @@ class TrainConfig:
     """Passes over the shards in all, turned into steps. Give this or `steps`."""
     batch_size: int = 4
     """Images in a step, over all workers."""
+    reference_batch_size: int = 0
+    """The batch size that a recipe's rate, steps, milestones and warm-ups are meant for. Where the command's batch size
+    is another, those that are not given on the command line follow it (linear rule). 0 leaves them as they are."""
     grad_clip: float = 10.0
     """Longest gradient (L2 norm over all parameters); a longer one is scaled down. 0 for no limit."""
     ema_decay: float = 0.998
@@ -149,6 +155,7 @@ class TrainConfig:
         for name in (
             "weight_decay",
             "lr_warmup_steps",
+            "reference_batch_size",
             "steps",
             "epochs",
             "grad_clip",
@@ -183,6 +190,40 @@ class TrainConfig:
         if stretch not in (None, self.model.contrast_stretch):
             remedy = "Set --model.contrast-stretch alone: training and inference both follow it."
             raise InputError("--augment.contrast-stretch", stretch, remedy)
+
+
+FOLLOWING = ("learning_rate", "steps", "milestones", "lr_warmup_steps", "loss.warmup_steps")
+"""What follows the batch size."""
+
+
+def linear_rule(asked: TrainConfig, meant: TrainConfig) -> dict[str, Any]:
+    """The values of ``FOLLOWING`` for another batch size than the one they are meant for.
+
+    The rate is in proportion to the batch size, and the counts of steps are such that as many images pass (arXiv
+    1706.02677, section 2.1).
+
+    Args:
+        asked: the config as asked for; its batch size and reference count.
+        meant: the recipe's values, before any option of the command line.
+
+    Returns:
+        Values by name, as in a recipe; empty where nothing has to follow.
+    """
+    if asked.reference_batch_size in (0, asked.batch_size):
+        return {}
+    ratio = asked.batch_size / asked.reference_batch_size
+
+    def steps(count: int) -> int:
+        return max(1, round(count / ratio)) if count else 0
+
+    return {
+        "learning_rate": meant.learning_rate * ratio,
+        "steps": steps(meant.steps),
+        "milestones": tuple(map(steps, meant.milestones)),
+        "lr_warmup_steps": steps(meant.lr_warmup_steps),
+        "loss": {"warmup_steps": steps(meant.loss.warmup_steps)},
+        "reference_batch_size": asked.batch_size,
+    }
 
 
 @dataclass(frozen=True)

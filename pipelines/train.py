@@ -126,8 +126,13 @@ def _complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict
     if config.init:
         folder = registry.resolve(config.init)
         model = boxinst.load(folder).config
-        registry.check_classes(model.classes, categories, model=config.init, shards=config.shards)
+        if config.init_classes == "new":
+            model = replace(model, classes=names)
+        else:
+            _check_initial_classes(model, index, config)
         for f in fields(ModelConfig):
+            if f.name == "backbone_weights":
+                continue  # the weights are the initial model's
             asked, has = getattr(config.model, f.name), getattr(model, f.name)
             if asked not in (getattr(ModelConfig(), f.name), has):
                 remedy = f"{config.init} has {has}: leave the options of `model` alone, or train without --init."
@@ -148,6 +153,15 @@ def _complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict
         ),
         init,
     )
+
+
+def _check_initial_classes(model: ModelConfig, index: ShardIndex, config: TrainConfig) -> None:
+    categories = index.manifest.categories
+    try:
+        registry.check_classes(model.classes, categories, model=config.init, shards=config.shards)
+    except InputError as error:
+        remedy = f"Or give --init-classes new: a classifier of {len(categories)} classes then takes the place of its "
+        raise InputError(error.item, error.value, f"{error.remedy} {remedy}{len(model.classes)}.") from error
 
 
 def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> str | None:

@@ -25,6 +25,7 @@ from boxinst.condinst import CondInst
 from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch
+from boxinst.weights import with_classes
 from pipelines import checkpoint, inference, tracking
 from pipelines.augmentation import batch_from_table
 from pipelines.config import TrainConfig
@@ -126,6 +127,8 @@ def _build(job: Job, rank: int) -> Learner:
     torch.manual_seed(config.seed)
     init = job.init
     model = inference.unpack(lambda: init) if init is not None else CondInst(config.model)
+    if model.config.classes != config.model.classes:
+        model = with_classes(model, config.model.classes)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     wrapped = ray.train.torch.prepare_model(model.train())

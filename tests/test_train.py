@@ -277,6 +277,10 @@ def test_an_initial_model_of_another_network_or_class_list(config: TrainConfig, 
     wider = replace(config, name="x", init=str(tmp_path / "same"), model=replace(TINY, width=32))
     refused(wider, "--model.width", "32", "leave the options of `model` alone")
     refused(replace(config, name="x", init=str(tmp_path / "less")), "model", classes[0], "trained on these classes")
+    resized = (
+        f"--init-classes new: a classifier of {len(classes)} classes then takes the place of its {len(classes) - 1}"
+    )
+    refused(replace(config, name="x", init=str(tmp_path / "less")), "model", classes[0], resized)
 
 
 def test_class_names_that_are_not_those_of_the_shards(config: TrainConfig) -> None:

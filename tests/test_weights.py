@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 import boxinst
 from boxinst import CondInst, InputError, ModelConfig
@@ -77,6 +77,76 @@ def test_backbone_from_a_file(tmp_path, suffix):
     model = CondInst(config)
     torch.testing.assert_close(model.backbone.layer3[0].conv1.weight, state["layer3.0.conv1.weight"])
     torch.testing.assert_close(model.backbone.bn1.running_mean, state["bn1.running_mean"])
+
+
+def detectron2_names(state):
+    """A torchvision ResNet-50 under Detectron2's names, for BGR."""
+    out = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[0] == "fc" or parts[-1] == "num_batches_tracked":
+            continue
+        if parts[0] == "conv1":
+            out["stem.conv1.weight"] = tensor.flip(1)
+        elif parts[0] == "bn1":
+            out[f"stem.conv1.norm.{parts[-1]}"] = tensor
+        else:
+            at, kind = f"res{int(parts[0][-1]) + 1}.{parts[1]}.", parts[2]
+            if kind == "downsample":
+                out[at + ("shortcut." if parts[3] == "0" else "shortcut.norm.") + parts[-1]] = tensor
+            else:
+                out[at + kind.replace("bn", "conv") + (".norm." if kind[:2] == "bn" else ".") + parts[-1]] = tensor
+    return out
+
+
+def test_backbone_of_detectron2(tmp_path):
+    """The weights see pixels that are not divided by a deviation, and merged statistics are filled in."""
+    torch.manual_seed(4)
+    source = {k: v.float() for k, v in resnet50().state_dict().items()}
+    state = {k: v for k, v in detectron2_names(source).items() if "running" not in k}
+    torch.save({"model": {**state, "stem.fc.weight": torch.zeros(1)}}, tmp_path / "R-50.pth")
+    fields = {**TINY, "backbone": "resnet50", "width": 64, "backbone_weights": str(tmp_path / "R-50.pth")}
+    with pytest.raises(InputError, match=r"model\.stride_in_1x1: False\. Switch it on"):
+        CondInst(ModelConfig(**fields))
+    model = CondInst(ModelConfig(**fields, stride_in_1x1=True))
+    torch.testing.assert_close(model.backbone.layer3[1].conv2.weight, source["layer3.1.conv2.weight"])
+    norm = model.backbone.layer2[0].downsample[1]
+    x = torch.randn(1, 512, 2, 2)
+    torch.testing.assert_close(norm(x), x * norm.weight[:, None, None] + norm.bias[:, None, None])
+    image = torch.rand(1, 3, 32, 32) * 255
+    seen = model.backbone.conv1(model.normalize(image, [(32, 32)]))
+    mean = torch.tensor(model.config.pixel_mean)[:, None, None]
+    raw = torch.nn.functional.conv2d((image - mean).flip(1), state["stem.conv1.weight"], stride=2, padding=3)
+    torch.testing.assert_close(seen, raw, rtol=1e-4, atol=1e-3)
+
+
+def test_the_stride_moves_and_frozen_stages_do_not_train():
+    fields = {**TINY, "backbone": "resnet50"}
+    plain, moved = (CondInst(ModelConfig(**fields, stride_in_1x1=x, frozen_stages=2)).backbone for x in (False, True))
+    strides = [(s[0].conv1.stride[0], s[0].conv2.stride[0]) for b in (plain, moved) for s in (b.layer1, b.layer2)]
+    assert strides == [(1, 1), (1, 2), (1, 1), (2, 1)]
+    moved.load_state_dict(plain.state_dict())
+    a, b = (n.eval()(torch.rand(1, 3, 64, 64)) for n in (plain, moved))
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    assert {n.split(".")[0] for n, p in plain.named_parameters() if not p.requires_grad} == {"conv1", "bn1", "layer1"}
+    with pytest.raises(InputError, match=r"model\.frozen_stages"):
+        ModelConfig(frozen_stages=6)
+    with pytest.raises(InputError, match=r"model\.head_groups: 3.*fpn_channels \(256\)"):
+        ModelConfig(head_groups=3)
+
+
+def test_torchvision_weights_want_the_stride_in_the_3x3():
+    with pytest.raises(InputError, match=r"model\.stride_in_1x1: True\. Switch it off"):
+        CondInst(ModelConfig(backbone_weights="imagenet", stride_in_1x1=True))
+
+
+def test_sizes_that_differ_name_the_options(folder, tmp_path):
+    boxinst.save(
+        CondInst(ModelConfig(classes=("a", "b"), contrast_stretch=(0.5, 99.8), mask_channels=8, **TINY)), tmp_path
+    )
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(InputError, match=r"is \[8, .*the model has \[16, .*set by .*model\.mask_channels"):
+        boxinst.load(tmp_path)
 
 
 def test_backbone_errors(tmp_path):
