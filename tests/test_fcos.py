@@ -106,6 +106,53 @@ def test_decode_finds_nothing_in_silence():
     assert len(fcos.decode(outputs, 0, (64, 64)).boxes) == 0
 
 
+def test_boxes_are_clipped_after_suppression_and_then_dropped():
+    """Two boxes alike within the image alone are both kept; one of no area counts among the best and is dropped."""
+    where, grids = places(64)
+    count = len(where.points)
+    classes = torch.full((1, count, 1), -12.0)
+    distances = torch.full((1, count, 4), 1.0)
+    first, second, third = 0, 1, 2  # neighbours on the finest level, at (4, 4), (12, 4) and (20, 4)
+    classes[0, [first, second, third], 0] = torch.tensor([4.0, 3.0, 2.0])
+    distances[0, first] = torch.tensor([1.0, 1.0, 60.0, 1.0])  # pixels −4 to 484
+    distances[0, second] = torch.tensor([2.0, 1.0, 8.0, 1.0])  # pixels −4 to 76: the same part of the image
+    distances[0, third] = 0
+    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), torch.zeros(1, count, 5), grids)
+    found = fcos.decode(outputs, 0, (64, 64))
+    assert found.location.tolist() == [first, second]
+    torch.testing.assert_close(found.boxes, torch.tensor([[0.0, 0, 64, 12], [0, 0, 64, 12]]))
+    assert len(fcos.decode(outputs, 0, (64, 64), max_detections=2).boxes) == 2
+    classes[0, third, 0] = 6.0
+    assert fcos.decode(outputs, 0, (64, 64), max_detections=2).location.tolist() == [first]
+
+
+def test_suppression_keeps_the_classes_apart_where_coordinates_are_negative():
+    where, grids = places(64)
+    count = len(where.points)
+    classes = torch.full((1, count, 3), -12.0)
+    classes[0, 0] = torch.tensor([5.0, 4.0, 3.0])  # one location, all three classes
+    distances = torch.full((1, count, 4), 30.0)
+    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), torch.zeros(1, count, 5), grids)
+    assert fcos.decode(outputs, 0, (64, 64)).labels.tolist() == [0, 1, 2]
+
+
+def test_sampling_centers_are_centres_of_gravity_of_whole_pixels():
+    boxes = torch.tensor([[10.3, 4.9, 20.8, 9.1], [50.0, 0.0, 64.0, 48.0], [1.0, 1.0, 9.0, 9.0]])
+    masks = torch.zeros(3, 48, 64, dtype=torch.bool)
+    masks[2, 2:4, 5] = True
+    masks[2, 2, 6] = True
+    wanted = []
+    for n, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        drawn = torch.zeros(48, 64)
+        drawn[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1] = 1
+        if masks[n].any():
+            drawn = masks[n].float()
+        y, x = drawn.nonzero().float().mean(0)
+        wanted.append([float(x), float(y)])
+    torch.testing.assert_close(fcos.sampling_centers(boxes, (48, 64), masks), torch.tensor(wanted))
+    assert len(fcos.sampling_centers(torch.zeros(0, 4), (48, 64), torch.zeros(0, 48, 64, dtype=torch.bool))) == 0
+
+
 @pytest.mark.parametrize(("name", "channels"), [("resnet18", 512), ("resnet50", 2048)])
 def test_resnet_gives_features_by_stride(name, channels):
     net = fcos.ResNet(name, 64, frozen_norm=False)

@@ -77,6 +77,26 @@ BOXES = [
 LABELS = [[0, 3, 3], [4, 1, 2, 0]]
 
 
+CROWDED = [
+    [[32.0 * j + 0.6, 32.0 * i + 0.4, 32.0 * j + 30.2, 32.0 * i + 31.7] for i in range(3) for j in range(4)],
+    [[40.3, 30.1, 80.9, 70.6], *([16.0 * j + 2.2, 3.0 + j, 16.0 * j + 14.1, 15.0 + j] for j in range(7))],
+]
+"""Twelve objects of 9 locations each, that get 5; and eight of fewer than 64 in all, one of which has more than 8."""
+
+
+def test_the_share_of_an_object_is_the_published_one(model: CondInst, state: dict[str, Tensor]) -> None:
+    images = [picture(96, 128, 3), picture(93, 127, 4)]
+    labels = [[k % 5 for k in range(len(boxes))] for boxes in CROWDED]
+    for pick in ([0], [1], [0, 1]):
+        given = [images[k] for k in pick], [CROWDED[k] for k in pick], [labels[k] for k in pick]
+        wanted = ref.losses(ref.Reference(state), *given, None)
+        data = batch(*given, None, 0)
+        with torch.no_grad():
+            terms = Criterion(model.config, LossConfig(warmup_steps=0))(model(data.images, None, data.sizes), data, 0)
+        for name in ("projection", "pairwise"):
+            assert float(terms[f"detect_{name}"]) == pytest.approx(wanted[name], rel=1e-4)
+
+
 @pytest.mark.parametrize(("bottom", "step"), [(0, 20_000), (10, 2499)])
 def test_losses_from_boxes_are_the_published_ones(
     model: CondInst, state: dict[str, Tensor], bottom: int, step: int
