@@ -131,7 +131,7 @@ def test_suppression_keeps_the_classes_apart_where_coordinates_are_negative():
     count = len(where.points)
     classes = torch.full((1, count, 3), -12.0)
     classes[0, 0] = torch.tensor([5.0, 4.0, 3.0])  # one location, all three classes
-    distances = torch.full((1, count, 4), 30.0)
+    distances = torch.tensor([30.0, 30.0, 0.5, 0.5]).repeat(1, count, 1)  # nearly all of it beyond the image
     outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), torch.zeros(1, count, 5), grids)
     assert fcos.decode(outputs, 0, (64, 64)).labels.tolist() == [0, 1, 2]
 
