@@ -18,7 +18,7 @@ from boxinst.config import BACKBONES, ModelConfig
 from boxinst.dynamic import HeadShape
 from boxinst.errors import InputError
 from boxinst.fcos import DETECT_LEVELS, SIZES_OF_INTEREST
-from boxinst.tensors import from_detectron2_backbone
+from boxinst.tensors import DETECTRON2_BACKBONE, Names, from_detectron2_backbone, renamed
 
 Layout = Literal["adelaidet", "mmdet"]
 
@@ -38,24 +38,65 @@ COCO_CLASSES = (
 _HEAD_LAYERS = 3
 """Layers of the dynamic head in every published checkpoint."""
 
-_ADELAIDET = (
-    (r"backbone\.fpn_(lateral|output)([3-5])\.(\w+)", r"fpn.\1.\2.\3"),
-    (r"backbone\.top_block\.(p[67])\.(\w+)", r"fpn.\1.\2"),
-    (r"proposal_generator\.fcos_head\.cls_tower\.(.+)", r"dense_head.class_tower.\1"),
-    (r"proposal_generator\.fcos_head\.bbox_tower\.(.+)", r"dense_head.box_tower.\1"),
-    (r"proposal_generator\.fcos_head\.cls_logits\.(.+)", r"dense_head.class_logits.\1"),
-    (r"proposal_generator\.fcos_head\.bbox_pred\.(.+)", r"dense_head.distances.\1"),
-    (r"proposal_generator\.fcos_head\.ctrness\.(.+)", r"dense_head.centerness.\1"),
-    (r"proposal_generator\.fcos_head\.scales\.(\d)\.scale", r"dense_head.scales.\1"),
-    (r"controller\.(\w+)", r"dense_head.controller.\1"),
-)
-"""AdelaiDet's names and this network's; ``mask_branch`` has the same ones, the backbone is Detectron2's."""
+_TOWERS = 32
+"""Most convolutions of a tower whose names are known: far more than anybody publishes."""
 
-_MMDET_LEVEL = {
-    "lateral": ("lateral.3", "lateral.4", "lateral.5"),
-    "fpn": ("output.3", "output.4", "output.5", "p6", "p7"),
-}
-"""What the positions in MMDetection's two lists of the pyramid's convolutions are here."""
+_SCALES = "dense_head.scales.{a}"
+
+ADELAIDET: Names = (
+    *((f"backbone.bottom_up.{there}", f"backbone.{here}") for there, here in DETECTRON2_BACKBONE),
+    ("backbone.fpn_lateral{a}.{z}", "fpn.lateral.{a}.{z}"),
+    ("backbone.fpn_output{a}.{z}", "fpn.output.{a}.{z}"),
+    ("backbone.top_block.p{a}.{z}", "fpn.p{a}.{z}"),
+    ("proposal_generator.fcos_head.cls_tower.{a}.{z}", "dense_head.class_tower.{a}.{z}"),
+    ("proposal_generator.fcos_head.bbox_tower.{a}.{z}", "dense_head.box_tower.{a}.{z}"),
+    ("proposal_generator.fcos_head.cls_logits.{z}", "dense_head.class_logits.{z}"),
+    ("proposal_generator.fcos_head.bbox_pred.{z}", "dense_head.distances.{z}"),
+    ("proposal_generator.fcos_head.ctrness.{z}", "dense_head.centerness.{z}"),
+    ("proposal_generator.fcos_head.scales.{a}.scale", _SCALES),
+    ("controller.{z}", "dense_head.controller.{z}"),
+)
+"""AdelaiDet's names and this network's. The mask branch has the same ones."""
+
+
+def mmdet_names(mask_layers: int) -> Names:
+    """MMDetection's names and this network's. The backbone has the same ones.
+
+    Args:
+        mask_layers: convolutions of the mask branch after the levels are added up.
+    """
+    mask = "mask_head.mask_feature_head"
+    pyramid = {
+        "lateral": ("lateral.3", "lateral.4", "lateral.5"),
+        "fpn": ("output.3", "output.4", "output.5", "p6", "p7"),
+    }
+    return (
+        *(
+            (f"neck.{part}_convs.{k}.conv.{{z}}", f"fpn.{name}.{{z}}")
+            for part, levels in pyramid.items()
+            for k, name in enumerate(levels)
+        ),
+        *(  # a tower here is one sequence: convolution, normalisation, ReLU, convolution, ...
+            (f"bbox_head.{there}_convs.{k}.{part}.{{z}}", f"dense_head.{here}_tower.{3 * k + offset}.{{z}}")
+            for there, here in (("cls", "class"), ("reg", "box"))
+            for k in range(_TOWERS)
+            for offset, part in enumerate(("conv", "gn"))
+        ),
+        ("bbox_head.conv_cls.{z}", "dense_head.class_logits.{z}"),
+        ("bbox_head.conv_reg.{z}", "dense_head.distances.{z}"),
+        ("bbox_head.conv_centerness.{z}", "dense_head.centerness.{z}"),
+        ("bbox_head.controller.{z}", "dense_head.controller.{z}"),
+        ("bbox_head.scales.{a}.scale", _SCALES),
+        *(
+            (f"{mask}.convs_all_levels.{k}.conv{k}.{part}.{{z}}", f"mask_branch.refine.{k}.{n}.{{z}}")
+            for k in range(3)
+            for n, part in enumerate(("conv", "bn"))
+        ),
+        (f"{mask}.conv_branch.{{a}}.conv.{{z}}", "mask_branch.tower.{a}.0.{z}"),
+        (f"{mask}.conv_branch.{{a}}.bn.{{z}}", "mask_branch.tower.{a}.1.{z}"),
+        (f"{mask}.conv_pred.{{z}}", f"mask_branch.tower.{mask_layers}.{{z}}"),
+    )
+
 
 _MMDET_UNLIKE = (
     (r"style\s*=\s*['\"]caffe['\"]", "a backbone of Caffe's kind (style='caffe'), whose input is another"),
@@ -77,6 +118,8 @@ class Translation:
     """The network that it is for."""
     state: dict[str, Tensor]
     """Its tensors by this network's names; a name without a counterpart is kept, for strict loading to report."""
+    names: Names
+    """Pairs of names, elsewhere and here."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
@@ -103,16 +146,23 @@ def translate(
             of classes is.
     """
     if layout == "adelaidet":
-        named, notes = _from_adelaidet(state, source)
+        names: Names = ADELAIDET
         own_input = {"stride_in_1x1": True, "pixel_std": (1.0, 1.0, 1.0)}
+        named, notes = _from_adelaidet(state, source)
     else:
-        named, notes = _from_mmdet(state, source, content)
+        names = mmdet_names(_count(state, r"mask_head\.mask_feature_head\.conv_branch\.(\d+)\."))
         own_input = {}
         classes = classes or _mmdet_classes(content)
-    scales = [f"dense_head.scales.{k}" for k in range(len(DETECT_LEVELS))]
-    if all(name in named for name in scales):
-        named["dense_head.scales"] = torch.stack([named.pop(name).reshape(()) for name in scales])
-    return Translation(_config(named, classes, source, own_input), named, notes)
+        _check_mmdet(content, source)
+        # The counter of the backbone's normalisation is of no use to fixed statistics.
+        kept = (k for k in state if not (k.startswith("backbone.") and k.endswith("num_batches_tracked")))
+        named, notes = {renamed(name, names): state[name] for name in kept}, []
+    scales = [_SCALES.format(a=k) for k in range(len(DETECT_LEVELS))]
+    sizes = _Sizes(named, names, source)
+    for name in scales:
+        sizes.of(name)
+    named["dense_head.scales"] = torch.stack([named.pop(name).reshape(()) for name in scales])
+    return Translation(_config(sizes, classes, own_input), named, names, notes)
 
 
 def _from_adelaidet(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -131,50 +181,20 @@ def _from_adelaidet(state: Mapping[str, Tensor], source: str) -> tuple[dict[str,
         elif name.startswith(prefix):
             bottom_up[name.removeprefix(prefix)] = tensor
         elif name not in auxiliary:
-            named[_renamed(name, _ADELAIDET)] = tensor
+            named[renamed(name, ADELAIDET)] = tensor
     metadata = {k.removeprefix(prefix): v for k, v in getattr(state, "_metadata", {}).items()}
     backbone = from_detectron2_backbone(bottom_up, metadata)
     return named | {f"backbone.{name}": tensor for name, tensor in backbone.items()}, notes
 
 
-def _from_mmdet(state: Mapping[str, Tensor], source: str, content: Any) -> tuple[dict[str, Tensor], list[str]]:
+def _check_mmdet(content: Any, source: str) -> None:
+    """Refuse a file whose config departs from the published one, as far as it says so."""
     meta = content.get("meta") if isinstance(content, Mapping) else None
     settings = str(meta.get("cfg", "")) if isinstance(meta, Mapping) else ""
     for pattern, what in _MMDET_UNLIKE:
         if re.search(pattern, settings):
-            raise InputError(
-                source, f"its config asks for {what}", "Give a checkpoint of the published BoxInst or CondInst."
-            )
-    count = sum(bool(re.fullmatch(r"mask_head\.mask_feature_head\.conv_branch\.\d+\.conv\.weight", n)) for n in state)
-    names = (
-        (r"backbone\.(.+)", r"backbone.\1"),
-        *(
-            (rf"neck\.{part}_convs\.{k}\.conv\.(\w+)", rf"fpn.{name}.\1")
-            for part, levels in _MMDET_LEVEL.items()
-            for k, name in enumerate(levels)
-        ),
-        (r"bbox_head\.conv_cls\.(\w+)", r"dense_head.class_logits.\1"),
-        (r"bbox_head\.conv_reg\.(\w+)", r"dense_head.distances.\1"),
-        (r"bbox_head\.conv_centerness\.(\w+)", r"dense_head.centerness.\1"),
-        (r"bbox_head\.controller\.(\w+)", r"dense_head.controller.\1"),
-        (r"bbox_head\.scales\.(\d)\.scale", r"dense_head.scales.\1"),
-        (r"mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv\1\.conv\.(\w+)", r"mask_branch.refine.\1.0.\2"),
-        (r"mask_head\.mask_feature_head\.convs_all_levels\.(\d)\.conv\1\.bn\.(\w+)", r"mask_branch.refine.\1.1.\2"),
-        (r"mask_head\.mask_feature_head\.conv_branch\.(\d+)\.conv\.(\w+)", r"mask_branch.tower.\1.0.\2"),
-        (r"mask_head\.mask_feature_head\.conv_branch\.(\d+)\.bn\.(\w+)", r"mask_branch.tower.\1.1.\2"),
-        (r"mask_head\.mask_feature_head\.conv_pred\.(\w+)", rf"mask_branch.tower.{count}.\1"),
-    )
-    named = {}
-    for name, tensor in state.items():
-        if name.startswith("backbone.") and name.endswith("num_batches_tracked"):
-            continue  # a counter that fixed statistics do not need
-        if found := re.fullmatch(r"bbox_head\.(cls|reg)_convs\.(\d+)\.(conv|gn)\.(\w+)", name):
-            tower = "class_tower" if found[1] == "cls" else "box_tower"
-            # A tower here is one sequence: convolution, normalisation, ReLU, convolution, ...
-            named[f"dense_head.{tower}.{3 * int(found[2]) + (found[3] == 'gn')}.{found[4]}"] = tensor
-        else:
-            named[_renamed(name, names)] = tensor
-    return named, []
+            remedy = "Give a checkpoint of the published BoxInst or CondInst."
+            raise InputError(source, f"its config asks for {what}", remedy)
 
 
 def _mmdet_classes(content: Any) -> Sequence[str] | None:
@@ -186,40 +206,46 @@ def _mmdet_classes(content: Any) -> Sequence[str] | None:
     return data.get("classes") or data.get("CLASSES")
 
 
-def _renamed(name: str, names: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in names:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
+def _count(state: Mapping[str, Tensor], pattern: str, *, each: int = 1) -> int:
+    """How many numbers the names hold where ``pattern`` has its group, ``each`` in a row counting as one."""
+    return len({int(found[1]) // each for name in state if (found := re.match(pattern, name))})
 
 
-def _config(
-    state: Mapping[str, Tensor], classes: Sequence[str] | None, source: str, own_input: dict[str, Any]
-) -> ModelConfig:
-    """The network that tensors of this network's names are for."""
+@dataclass
+class _Sizes:
+    """What can be read off a checkpoint's tensors, by this network's names."""
 
-    def size(name: str) -> int:
-        if name not in state:
-            remedy = "Give a BoxInst or CondInst checkpoint with ResNet and FPN, and --from as its origin."
-            raise InputError(source, f"no tensor is what is called {name} here", remedy)
-        return state[name].shape[0]
+    state: Mapping[str, Tensor]
+    names: Names
+    source: str
 
-    def count(pattern: str) -> int:
-        return sum(bool(re.fullmatch(pattern, name)) for name in state)
+    def of(self, name: str) -> int:
+        """Length of the first axis of a tensor, which must be there."""
+        if name not in self.state:
+            there = renamed(name, [(here, there) for there, here in self.names])
+            remedy = "Give a whole BoxInst or CondInst checkpoint with ResNet and FPN, and --from as its origin."
+            raise InputError(self.source, f"missing {there}", remedy)
+        tensor = self.state[name]
+        return tensor.shape[0] if tensor.ndim else 1
 
-    layers = count(r"mask_branch\.tower\.\d+\.0\.weight")
-    mask_channels = size(f"mask_branch.tower.{layers}.weight")
-    levels, towers = count(r"mask_branch\.refine\.\d+\.0\.weight"), _tower_layers(state)
+
+def _config(sizes: _Sizes, classes: Sequence[str] | None, own_input: dict[str, Any]) -> ModelConfig:
+    """The network that the tensors are for."""
+    state, source = sizes.state, sizes.source
+    layers = _count(state, r"mask_branch\.tower\.(\d+)\.[01]\.")
+    mask_channels = sizes.of(f"mask_branch.tower.{layers}.weight")
+    levels = _count(state, r"mask_branch\.refine\.(\d+)\.")
+    towers = [_count(state, rf"dense_head\.{tower}_tower\.(\d+)\.", each=3) for tower in ("class", "box")]
     if levels != 3:
         raise InputError(source, f"{levels} levels in the mask branch", "Give a checkpoint with P3, P4 and P5 there.")
     if towers[0] != towers[1]:
         value = f"{towers[0]} convolutions in the class tower, {towers[1]} in the box tower"
         raise InputError(source, value, "This network has as many in both: it cannot be imported.")
-    channels = size("fpn.lateral.3.weight")
+    channels = sizes.of("fpn.lateral.3.weight")
     return ModelConfig(
-        classes=_classes(size("dense_head.class_logits.weight"), classes, source),
+        classes=_classes(sizes.of("dense_head.class_logits.weight"), classes, source),
         backbone=_backbone(state, source),
-        width=size("backbone.conv1.weight"),
+        width=sizes.of("backbone.conv1.weight"),
         frozen_norm=True,
         frozen_stages=2,
         fpn_channels=channels,
@@ -227,28 +253,18 @@ def _config(
         dense_layers=towers[0],
         head_groups=0 if channels == 256 else 32,
         mask_stride=8,
-        mask_branch_channels=size("mask_branch.refine.0.0.weight"),
+        mask_branch_channels=sizes.of("mask_branch.refine.0.0.weight"),
         mask_branch_layers=layers,
         mask_channels=mask_channels,
-        head_channels=_head_channels(size("dense_head.controller.weight"), mask_channels, source),
+        head_channels=_head_channels(sizes.of("dense_head.controller.weight"), mask_channels, source),
         head_layers=_HEAD_LAYERS,
         **own_input,
     )
 
 
-def _tower_layers(state: Mapping[str, Tensor]) -> list[int]:
-    """Convolutions in the class tower and in the box tower."""
-    return [
-        sum(name.startswith(f"dense_head.{tower}_tower.") and tensor.ndim == 4 for name, tensor in state.items())
-        for tower in ("class", "box")
-    ]
-
-
 def _backbone(state: Mapping[str, Tensor], source: str) -> str:
     kind = "Bottleneck" if "backbone.layer1.0.conv3.weight" in state else "BasicBlock"
-    blocks = tuple(
-        len({m[1] for name in state if (m := re.match(rf"backbone\.layer{k}\.(\d+)\.", name))}) for k in (1, 2, 3, 4)
-    )
+    blocks = tuple(_count(state, rf"backbone\.layer{k}\.(\d+)\.") for k in (1, 2, 3, 4))
     for name, shape in BACKBONES.items():
         if shape == (kind, blocks):
             return name

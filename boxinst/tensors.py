@@ -7,8 +7,9 @@ other names, takes BGR in 0..255 less its mean, and halves it in the first 1×1 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ CONFIG_FILE = "config.json"
 
 _NORM_EPS = 1e-5
 """What the frozen normalisation of torchvision and of Detectron2 adds to the variance."""
+
+Names = Sequence[tuple[str, str]]
+"""Pairs of names, elsewhere and here: {a} and {b} stand for one number each, {z} for a last word."""
+
+_PLACEHOLDERS = {"a": r"\d+", "b": r"\d+", "z": r"\w+"}
+
+DETECTRON2_BACKBONE: Names = (
+    ("stem.conv1.norm.{z}", "bn1.{z}"),
+    ("stem.conv1.{z}", "conv1.{z}"),
+    *(
+        (f"res{k + 1}.{{a}}.{there}.{{z}}", f"layer{k}.{{a}}.{here}.{{z}}")
+        for k in (1, 2, 3, 4)
+        for there, here in (
+            ("shortcut.norm", "downsample.1"),
+            ("shortcut", "downsample.0"),
+            ("conv{b}.norm", "bn{b}"),
+            ("conv{b}", "conv{b}"),
+        )
+    ),
+)
+"""A ResNet's names in Detectron2 and in torchvision."""
 
 _RESIZED_BY = (
     ("dense_head.class_logits.", "model.classes"),
@@ -99,7 +121,25 @@ def check_tensors(state: Any, source: str) -> dict[str, Tensor]:
     return state  # type: ignore[return-value]
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, *, prefix: str = "") -> None:
+def renamed(name: str, names: Names) -> str:
+    """A name from elsewhere as it is here; itself where no pair fits."""
+    for there, here in names:
+        if found := _pattern(there).fullmatch(name):
+            return here.format(**found.groupdict())
+    return name
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w)\}", template)  # text, placeholder, text, ...
+    for n, part in enumerate(parts):
+        parts[n] = re.escape(part) if n % 2 == 0 else f"(?P<{part}>{_PLACEHOLDERS[part]})"
+    return re.compile("".join(parts))
+
+
+def load_strict(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, *, prefix: str = "", names: Names = ()
+) -> None:
     """Loads ``state`` into ``model``; every key and shape must match.
 
     Args:
@@ -107,14 +147,17 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, *, p
         state: tensors by name.
         source: what the error names.
         prefix: where the module stands in the network, such as ``backbone.``; it picks the options that an error names.
+        names: by which the tensors were renamed; an error then has their names elsewhere.
 
     Raises:
         InputError: lists the missing and unexpected keys and the shapes that differ, with the options that decide them.
     """
+    back = [(here, there) for there, here in names]
     own = model.state_dict()
-    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    problems = [f"missing {renamed(k, back)}" for k in own if k not in state]
+    problems += [f"unexpected {renamed(k, back)}" for k in state if k not in own]
     differing = [k for k in own if k in state and state[k].shape != own[k].shape]
-    problems += [f"{k} is {list(state[k].shape)}, the model has {list(own[k].shape)}" for k in differing]
+    problems += [f"{renamed(k, back)} is {list(state[k].shape)}, the model has {list(own[k].shape)}" for k in differing]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         found = (next((o for start, o in _RESIZED_BY if (prefix + k).startswith(start)), "") for k in differing)
@@ -144,20 +187,9 @@ def from_detectron2_backbone(
     """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        new = name
-        if found := re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name):
-            new = f"{'bn1' if found[1] else 'conv1'}.{found[2]}"
-        elif found := re.fullmatch(r"res([2-5])\.(\d+)\.(shortcut|conv[123])\.(norm\.)?(\w+)", name):
-            stage, block, part, norm, kind = found.groups()
-            part = (
-                f"downsample.{1 if norm else 0}"
-                if part == "shortcut"
-                else part.replace("conv", "bn" if norm else "conv")
-            )
-            new = f"layer{int(stage) - 1}.{block}.{part}.{kind}"
         if name.endswith(".norm.running_var") and 0 < _version(metadata, name.removesuffix(".running_var")) < 3:
             tensor = tensor - _NORM_EPS  # such old files hold the variance with ε already added
-        out[new] = tensor
+        out[renamed(name, DETECTRON2_BACKBONE)] = tensor
     for name in [n for n in out if re.fullmatch(r"(.+\.)?(bn\d|downsample\.1)\.weight", n)]:
         # A converted Caffe model has its statistics merged into weight and bias.
         prefix = name.removesuffix("weight")

@@ -196,4 +196,5 @@ def restore(instances: Instances, height: int, width: int) -> Instances:
 def _fit(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
     """(height, width) with the shorter side at ``short_side``, or less where the longer would pass ``max_side``."""
     scale = min(short_side / min(height, width), max_side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    # Halves are rounded up, as in the published program; round() would take them to the even side.
+    return max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))

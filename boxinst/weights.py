@@ -76,7 +76,7 @@ def import_checkpoint(
         state, content = read_tensors(source)
     found = published.translate(layout, state, classes, source=name, content=content)
     model = CondInst(found.config, pretrained=False)
-    load_strict(model, found.state, name)
+    load_strict(model, found.state, name, names=found.names)
     return model.eval(), found.notes
 
 

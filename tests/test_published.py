@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 
 UP = "backbone.bottom_up."
+FCOS = "proposal_generator.fcos_head."
 CLASSES = ("a", "b", "c", "d", "e")
 
 
@@ -220,9 +222,14 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         (lambda s: {**s, f"{UP}res2.0.conv2_offset.weight": torch.zeros(1)}, ["unexpected", "conv2_offset"]),
         (lambda s: {**s, "mask_head.sizes_of_interest": torch.tensor([32, 64])}, ["sizes_of_interest", "[32, 64]"]),
         (lambda s: {**s, "controller.weight": torch.zeros(217, 64, 3, 3)}, ["217", "16 mask channels"]),
-        (lambda s: without(s, "backbone.bottom_up.res4.5.conv1.weight") | {}, ["missing", "layer3.5.conv1"]),
+        (lambda s: without(s, "backbone.bottom_up.res4.5.conv1.weight") | {}, ["missing", f"{UP}res4.5.conv1.weight"]),
+        (lambda s: without(s, f"{FCOS}ctrness.bias"), [f"missing {FCOS}ctrness.bias"]),
+        (lambda s: without(s, f"{FCOS}scales.3.scale"), [f"missing {FCOS}scales.3.scale"]),
+        (lambda s: without(s, f"{UP}res3.0.shortcut.norm.weight"), [f"missing {UP}res3.0.shortcut.norm.weight"]),
+        (lambda s: {**s, f"{FCOS}share_tower.0.weight": torch.zeros(1)}, [f"unexpected {FCOS}share_tower.0.weight"]),
+        (lambda s: {**s, f"{FCOS}cls_tower.1.weight": torch.zeros(9)}, [f"{FCOS}cls_tower.1.weight is [9]", "[64]"]),
         (lambda s: {k: v for k, v in s.items() if ".res4.5." not in k}, ["(3, 4, 5, 3)", "resnet50"]),
-        (lambda s: {k: v for k, v in s.items() if "bbox_tower.9." not in k}, ["4 convolutions", "3 in the box tower"]),
+        (lambda s: {k: v for k, v in s.items() if not re.search(r"bbox_tower\.(9|10)", k)}, ["4 convolutions", "3 in the box tower"]),
         (lambda s: {k: v for k, v in s.items() if ".refine.2." not in k}, ["2 levels"]),
         (lambda s: {**s, "iteration": 3}, ["iteration is a int", "state dict"]),
         (lambda s: {}, ["without tensors"]),
@@ -360,6 +367,15 @@ def test_mmdetection_settings_that_cannot_be_followed(
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(InputError, match=word):
         weights.from_mmdetection(tmp_path / "other.pth")
+
+
+def test_what_is_missing_has_its_name_in_mmdetection(state: dict[str, Tensor]) -> None:
+    names = mmdet_names(state)
+    head = [name for name in names if not name.startswith("backbone.")]
+    for name in ["backbone.bn1.bias", "backbone.layer3.0.downsample.1.running_mean", *head[::5], *head[-12:]]:
+        with pytest.raises(InputError) as error:
+            weights.from_mmdetection(without(names, name), CLASSES)
+        assert f"missing {name}" in str(error.value)
 
 
 def test_other_classes_keep_everything_but_the_classifier(model: CondInst) -> None:
