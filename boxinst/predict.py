@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 OUTSIDE = -30.0
 """Logit of a pixel that no window covers."""
 
-_LEAST = torch.finfo(torch.float32).tiny
+_LEAST = torch.finfo(torch.float64).tiny
 """Probability whose logarithm is still finite."""
 
 _CELLS_AT_ONCE = 2**21
@@ -148,9 +148,13 @@ def detect(
                 inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
                 masks[part] = (inside > 0.5).cpu()
                 if raw is not None:
-                    # The counter-probability on its own, since 1 − p has no digits left where p is near 1.
-                    outside = _to_image((-maps).sigmoid(), stride // 2, (height, width), (rows, columns))
-                    raw[part] = (inside.clamp(min=_LEAST).log() - outside.clamp(min=_LEAST).log()).cpu()
+                    # The counter-probability on its own, since 1 − p has no digits left where p is near 1, and both in
+                    # double precision, in which a logit of −100 still has a probability.
+                    p, q = (
+                        _to_image((sign * maps.double()).sigmoid(), stride // 2, (height, width), (rows, columns))
+                        for sign in (1, -1)
+                    )
+                    raw[part] = (p.clamp(min=_LEAST).log() - q.clamp(min=_LEAST).log()).float().cpu()
             boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
             result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
     return result  # type: ignore[return-value]
