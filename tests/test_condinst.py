@@ -137,6 +137,18 @@ def test_detect_gives_valid_instances(model):
     assert bool((found.boxes[:, 3] <= 64).all())
 
 
+def test_detections_in_the_pixels_of_another_size(model):
+    pictures, sizes = images((64, 96), (50, 60)), [(32, 200), (50, 60)]
+    found = model.detect(pictures, score_threshold=0.0, max_detections=9, sizes=sizes, logits=True)
+    plain = model.detect(pictures, score_threshold=0.0, max_detections=9, logits=True)
+    assert [tuple(f.masks.shape[1:]) for f in found] == sizes
+    torch.testing.assert_close(found[0].boxes, plain[0].boxes * torch.tensor([200 / 96, 0.5, 200 / 96, 0.5]))
+    torch.testing.assert_close(found[1].mask_logits, plain[1].mask_logits)
+    assert torch.equal(found[1].masks, plain[1].masks)
+    with pytest.raises(InputError, match=r"sizes: 1 entries.*2 images"):
+        model.detect(pictures, sizes=sizes[:1])
+
+
 def test_prediction_leaves_the_training_mode_as_it_was(model):
     model.train()
     model.segment(images((32, 32)), [torch.zeros(0, 4)])
