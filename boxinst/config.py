@@ -28,8 +28,8 @@ class ModelConfig:
     """Channels of the backbone's stem. 64 is the published network; 32 halves every stage for small data on a CPU."""
     backbone_weights: str = ""
     """Where the backbone starts: empty for random weights with trainable normalisation; `imagenet`, or the name of a
-    torchvision weight such as `IMAGENET1K_V2`, or a file in torchvision's or Detectron2's layout, for pretrained weights
-    with frozen normalisation."""
+    torchvision weight such as `IMAGENET1K_V2`, or a file in torchvision's or Detectron2's layout, for pretrained
+    weights with frozen normalisation."""
     stride_in_1x1: bool = False
     """Where a bottleneck of ResNet-50 and -101 halves the resolution: in its first 1×1 convolution, as Detectron2's and
     Caffe's weights want it, or in its 3×3 convolution, as torchvision's do."""
