@@ -168,6 +168,9 @@ def test_the_queue_shows_one_mask_per_tile_and_the_worst_first(config: ReviewCon
     consistency = [labels[number].box_iou for number in queue]
     assert consistency[0] is None  # no mask at all comes first
     assert consistency[1:] == sorted(consistency[1:])
+    scores = [labels[number].confidence for number in _shown(dataset, "lowest score first")]
+    assert scores[0] is None
+    assert scores[1:] == sorted(scores[1:]) != [scores[1]] * 7
     sample = _shown(dataset, "audit sample")
     assert sorted(sample) == [number for number, label in sorted(labels.items()) if label.audit]
     assert len(sample) == 2
