@@ -19,14 +19,8 @@ setup: $(INSTALLED)  ## virtual environment with the pinned packages; done once
 demo: setup  ## the whole path, on a drawn corpus or on CORPUS=DIR
 	$(BIN)/boxinst demo --recipe $(RECIPE) $(if $(CORPUS),--corpus $(CORPUS))
 
-# FiftyOne binds a process to one database when it is first imported: these files get a process each.
-APART := $(addprefix tests/test_,feedback.py full_circle.py review.py review_browser.py)
-
 test: setup  ## all tests
-	@failed=0; \
-	for files in "tests $(addprefix --ignore=,$(APART))" $(APART); do \
-	  $(BIN)/python -m pytest $(ARGS) $$files || failed=1; \
-	done; exit $$failed
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup  ## style, format and types
 	$(BIN)/ruff check

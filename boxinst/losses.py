@@ -188,7 +188,7 @@ def color_similarity(
     around = (reach, reach, reach, reach)
     lab_padded, valid_padded = F.pad(lab, around), F.pad(neighbour_valid, around)
     similarity = lab.new_empty(n, kernel_size**2 - 1, h, w)
-    for k, (dy, dx) in enumerate(_neighbours(kernel_size, dilation)):
+    for k, (dy, dx) in enumerate(neighbours(kernel_size, dilation)):
         rows, columns = slice(reach + dy, reach + dy + h), slice(reach + dx, reach + dx + w)
         distance = (lab - lab_padded[:, :, rows, columns]).square().sum(1).sqrt()
         similarity[:, k] = (-distance / theta).exp() * valid_padded[:, rows, columns]
@@ -318,9 +318,9 @@ class _PairwiseSum(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(mask_logits, dtype=dtype) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=mask_logits.device)
-        neighbours = _neighbours(kernel_size, dilation)
+        offsets = neighbours(kernel_size, dilation)
         # Later neighbours in row-major order. None of the others lies within so small a grid.
-        later = [k for k, (dy, dx) in enumerate(neighbours) if (dy, dx) > (0, 0) and dy < h and abs(dx) < w]
+        later = [k for k, (dy, dx) in enumerate(offsets) if (dy, dx) > (0, 0) and dy < h and abs(dx) < w]
         step = max(1, (_CHUNK_GPU if mask_logits.is_cuda else _CHUNK_CPU) // max(h * w, 1))
         for first in range(0, count, step):
             chunk = slice(first, first + step)
@@ -331,8 +331,8 @@ class _PairwiseSum(torch.autograd.Function):
             weight = torch.zeros_like(has_pair)
             pull = torch.zeros_like(a)
             for k in later:
-                shift = neighbours[k][0] * w + neighbours[k][1]
-                w_ij = (has_pair >> k & 1)[:-shift] + (has_pair >> len(neighbours) - 1 - k & 1)[shift:]
+                shift = offsets[k][0] * w + offsets[k][1]
+                w_ij = (has_pair >> k & 1)[:-shift] + (has_pair >> len(offsets) - 1 - k & 1)[shift:]
                 weight[:-shift] += w_ij
                 weight[shift:] += w_ij
                 w_ij = w_ij.to(dtype)
@@ -370,7 +370,7 @@ def _window_cells(corners: Tensor, image_index: Tensor, grid: torch.Size, window
     return cells, row_ok[:, :, None] & column_ok[:, None]
 
 
-def _neighbours(kernel_size: int, dilation: int) -> list[tuple[int, int]]:
+def neighbours(kernel_size: int, dilation: int) -> list[tuple[int, int]]:
     """(dy, dx) of the K neighbours, row-major; neighbour K − 1 − k lies opposite to neighbour k."""
     reach = kernel_size // 2
     steps = [dilation * i for i in range(-reach, reach + 1)]
@@ -380,7 +380,7 @@ def _neighbours(kernel_size: int, dilation: int) -> list[tuple[int, int]]:
 def _bits_within(h: int, w: int, kernel_size: int, dilation: int, like: Tensor) -> Tensor:
     """[h, w] of like's dtype: bit k is set where neighbour k lies within the grid."""
     within = torch.zeros(h, w, dtype=like.dtype, device=like.device)
-    for k, (dy, dx) in enumerate(_neighbours(kernel_size, dilation)):
+    for k, (dy, dx) in enumerate(neighbours(kernel_size, dilation)):
         rows, columns = slice(max(0, -dy), max(0, h - max(0, dy))), slice(max(0, -dx), max(0, w - max(0, dx)))
         within[rows, columns] |= 1 << k
     return within

@@ -77,21 +77,19 @@ def augment_table(
     return pa.Table.from_pylist(samples, schema=SAMPLE_SCHEMA)
 
 
-def batch_from_table(table: pa.Table) -> tuple[Batch, list[tuple[int, int]]]:
-    """``SAMPLE_SCHEMA`` → a padded batch, and the (height, width) of each image in it without padding."""
+def batch_from_table(table: pa.Table) -> Batch:
+    """``SAMPLE_SCHEMA`` → a padded batch."""
     rows = table.to_pylist()
-    sizes = [(row["height"], row["width"]) for row in rows]
     images = [
-        torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(3, *size)
-        for row, size in zip(rows, sizes, strict=True)
+        torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(3, row["height"], row["width"])
+        for row in rows
     ]
-    batch = collate(
+    return collate(
         images,
         [_targets(row) for row in rows],
         [row["image_id"] for row in rows],
         ignore_bottom=[row["ignore_bottom"] for row in rows],
     )
-    return batch, sizes
 
 
 def _counts(targets: Targets) -> list[bytes | None]:

@@ -296,7 +296,7 @@ def _touched(box: Any, label: Any) -> bool:
 def _save_views(dataset: Any, *, anew: bool) -> None:
     """Save what a reviewer looks at. ``anew`` is for labels that have changed: tiles are made when they are saved.
 
-    The queue and the random sample show one mask per tile; the others show images, and follow the verdicts.
+    The queues and the random sample show one mask per tile; the others show images, and follow the verdicts.
     """
     fo = _fiftyone()
     F = fo.ViewField
@@ -310,9 +310,9 @@ def _save_views(dataset: Any, *, anew: bool) -> None:
     existing = set(dataset.list_saved_views())
     if anew or "worst first" not in existing:
         drawn = dataset.filter_labels(MASKS, F("audit") == True)  # noqa: E712  # an expression, not a comparison
-        for name, labels in {"worst first": dataset, "audit sample": drawn}.items():
-            tiles = labels.to_patches(MASKS).sort_by(f"{MASKS}.box_iou")
-            dataset.save_view(name, tiles, overwrite=True)
+        orders = {"worst first": (dataset, "box_iou"), "lowest score first": (dataset, "confidence")}
+        for name, (labels, by) in {**orders, "audit sample": (drawn, "box_iou")}.items():
+            dataset.save_view(name, labels.to_patches(MASKS).sort_by(f"{MASKS}.{by}"), overwrite=True)
     for name, view in views.items():
         if name not in existing:
             dataset.save_view(name, view)

@@ -103,10 +103,10 @@ def _train(job: Job) -> None:
     batches = _batches(config, ranks, device)
     for _ in range(learner.step, config.steps):
         with journal.waiting():
-            batch, sizes = next(batches)
+            batch = next(batches)
         batch = batch.to(device)
-        terms, norm = _step(learner, criterion, batch, sizes, config, autocast)
-        journal.add(terms, norm, len(sizes))
+        terms, norm = _step(learner, criterion, batch, config, autocast)
+        journal.add(terms, norm, len(batch.sizes))
         step, last = learner.step, learner.step == config.steps
         if step % config.log_every == 0 or last:
             journal.write(step, float(learner.schedule.get_last_lr()[0]))
@@ -158,13 +158,12 @@ def _step(
     learner: Learner,
     criterion: Criterion,
     batch: Batch,
-    sizes: list[tuple[int, int]],
     config: TrainConfig,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step; returns the loss terms and the length of the gradient, still on the device."""
     with autocast():
-        outputs = learner.model(batch.images, [t.boxes for t in batch.targets], sizes)
+        outputs = learner.model(batch.images, [t.boxes for t in batch.targets], batch.sizes)
     terms = criterion(outputs, batch, learner.step)
     learner.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
@@ -237,14 +236,14 @@ class Collate(ArrowBatchCollateFn):
     def __init__(self, *, pin: bool) -> None:
         self.pin = pin
 
-    def __call__(self, batch: pa.Table) -> tuple[Batch, list[tuple[int, int]]]:
-        made, sizes = batch_from_table(batch)
+    def __call__(self, batch: pa.Table) -> Batch:
+        made = batch_from_table(batch)
         if self.pin:
             made.images, made.valid = made.images.pin_memory(), made.valid.pin_memory()
-        return made, sizes
+        return made
 
 
-def _batches(config: TrainConfig, ranks: int, device: torch.device) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+def _batches(config: TrainConfig, ranks: int, device: torch.device) -> Iterator[Batch]:
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None
     return iter(

@@ -121,7 +121,7 @@ def write_masks(
                 masks = torch.from_numpy(mask)[None]
                 figures = [float(v[0]) for v in mask_box_consistency(masks, torch.tensor([box]))]
                 row |= dict(zip(("box_iou", "spill", "fill"), figures, strict=True))
-                row |= {"mask": rle.encode(masks)[0], "score": 0.9, "status": "ok"}
+                row |= {"mask": rle.encode(masks)[0], "score": 0.9 - 0.3 * k + 0.01 * number, "status": "ok"}
             rows.append(row)
     uri = storage.join(root, name)
     table = pa.Table.from_pylist(rows, schema=MASK_SCHEMA)

@@ -66,8 +66,8 @@ def test_augmentation_follows_seed_epoch_and_image_alone() -> None:
 
 def test_samples_reach_the_batch_unchanged() -> None:
     rows = [row(1), row(2, masks=[None, None]), row(3, annotation_ids=[], boxes=[], labels=[], masks=[], crowd=[])]
-    batch, sizes = batch_from_table(augmented(table(*rows)))
-    assert sizes == [(96, 80)] * 3
+    batch = batch_from_table(augmented(table(*rows)))
+    assert batch.sizes == [(96, 80)] * 3
     assert batch.images.shape == (3, 3, 96, 96)  # padded to the network's stride
     assert batch.image_ids == [1, 2, 3]
     assert batch.valid[:, :, :80].all()
@@ -87,25 +87,25 @@ def test_samples_reach_the_batch_unchanged() -> None:
 
 def test_a_cut_box_stays_marked_as_cut() -> None:
     sample = augmented(table(row(1)), AugmentConfig(crop=40, hflip=False)).to_pylist()[0]
-    batch, _ = batch_from_table(augmented(table(row(1)), AugmentConfig(crop=40, hflip=False)))
+    batch = batch_from_table(augmented(table(row(1)), AugmentConfig(crop=40, hflip=False)))
     assert batch.targets[0].tight.tolist() == sample["tight"]
     assert False in sample["tight"]  # no box of 30 pixels beside another fits
 
 
 def test_masks_can_be_left_out() -> None:
-    batch, _ = batch_from_table(augmented(table(row(1)), with_masks=False))
+    batch = batch_from_table(augmented(table(row(1)), with_masks=False))
     assert batch.targets[0].masks is None
     assert batch.targets[0].has_mask.tolist() == [False, False]
 
 
 def test_the_bottom_rows_follow_the_scale() -> None:
-    batch, sizes = batch_from_table(augmented(table(row(1)), AugmentConfig(short_sides=(40,)), bottom_pixels=10))
-    assert sizes == [(48, 40)]
+    batch = batch_from_table(augmented(table(row(1)), AugmentConfig(short_sides=(40,)), bottom_pixels=10))
+    assert batch.sizes == [(48, 40)]
     assert batch.valid[0].nonzero().amax(0).tolist() == [48 - 5 - 1, 39]  # 10 rows of 96 are 5 of 48
 
 
 def test_crowds_are_not_trained_on() -> None:
-    batch, _ = batch_from_table(augmented(table(row(1, crowd=[True, False]))))
+    batch = batch_from_table(augmented(table(row(1, crowd=[True, False]))))
     assert batch.targets[0].ids.tolist() == [8]
 
 

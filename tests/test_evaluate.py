@@ -14,7 +14,8 @@ import boxinst
 from boxinst import InputError, Instances
 from boxinst.metrics import CocoScorer, GivenBoxScorer
 from pipelines import registry, storage
-from pipelines.config import EvaluateConfig, Resolution, run
+from pipelines.config import EvaluateConfig, Resolution
+from pipelines.evaluate import run
 from pipelines.samples import sample_from_row
 from pipelines.scorecard import Evaluator, Scorecard
 from pipelines.synthetic import CLASSES

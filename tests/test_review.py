@@ -84,7 +84,8 @@ def test_the_dataset_shows_every_row(config: ReviewConfig) -> None:
                 continue
             assert np.array_equal(paste(label.mask, label.bounding_box, WIDTH, HEIGHT), mask)
             assert 0 < label.box_iou <= 1
-            assert label.confidence == pytest.approx(0.9)
+            image, disc = divmod(label.annotation_id, 10)
+            assert label.confidence == pytest.approx(0.9 - 0.3 * disc + 0.01 * image)
             assert (label.spill > 0.1) == (label.annotation_id == 11)
             assert label.tags == []
     assert rows == {}
@@ -168,6 +169,9 @@ def test_the_queue_shows_one_mask_per_tile_and_the_worst_first(config: ReviewCon
     consistency = [labels[number].box_iou for number in queue]
     assert consistency[0] is None  # no mask at all comes first
     assert consistency[1:] == sorted(consistency[1:])
+    scores = [labels[number].confidence for number in _shown(dataset, "lowest score first")]
+    assert scores[0] is None
+    assert scores[1:] == sorted(scores[1:]) != [scores[1]] * 7
     sample = _shown(dataset, "audit sample")
     assert sorted(sample) == [number for number, label in sorted(labels.items()) if label.audit]
     assert len(sample) == 2
