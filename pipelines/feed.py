@@ -10,7 +10,6 @@ would wait seconds for it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,7 +143,4 @@ class Augment:
         from boxinst.config import AugmentConfig  # noqa: PLC0415
         from pipelines.augmentation import augment_table  # noqa: PLC0415
 
-        # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for
-        # samples it leaves the cores to this process anyway.
-        os.nice(19)
         return augment_table(table, config=AugmentConfig(**self.config), **self.options)

@@ -250,6 +250,12 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
         return stream.read(first, min(first + at_once, end))
 
+    def augment_behind(table: pa.Table) -> pa.Table:
+        # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for
+        # samples it leaves the cores to this process anyway.
+        os.nice(19)
+        return augment(table)
+
     def make() -> ray.data.Dataset:
         # This runs in a process of Ray's, with a context of its own.
         context = ray.data.DataContext.get_current()
@@ -260,7 +266,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
             ray.data.range(tasks, override_num_blocks=tasks)
             .map_batches(read, batch_size=None, batch_format="pyarrow")
             .repartition(target_num_rows_per_block=share, strict=True)
-            .map_batches(augment, batch_size=None, batch_format="pyarrow", concurrency=data_workers)
+            .map_batches(augment_behind, batch_size=None, batch_format="pyarrow", concurrency=data_workers)
         )
 
     return make
