@@ -77,6 +77,8 @@ def _start_local(cpus: int) -> None:
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     # Ray starts its workers at niceness 15. From 0, the data tasks of a training can step back behind it.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Nobody takes this machine away with a warning, so no process needs to listen for one.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray hides the GPUs of tasks that ask for none, and warns that it will not do so for ever.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for attempt in range(START_ATTEMPTS):
