@@ -58,7 +58,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # the head and its children alone, not every Ray of this machine
         try:
-            process.wait(60)
+            process.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(["rm", "-rf", str(folder)])
