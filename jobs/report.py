@@ -133,7 +133,7 @@ def _chart(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(neutral)
         if len(lines) > 1:
-            axes.legend(frameon=False, labelcolor=neutral, fontsize=8)
+            figure.legend(loc="outside lower center", ncols=len(lines), frameon=False, labelcolor=neutral, fontsize=8)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -48,7 +48,8 @@ VARIANTS = {
         "nuclei",
         "train_boxes",
         "boxes, detection without given boxes",
-        "--recipe nuclei --model.detect --model.no-prompt --model.mask-stride 4 --loss.max-positives 32",
+        "--recipe nuclei --model.detect --model.no-prompt --model.mask-stride 4 --loss.max-positives 32 "
+        "--steps 300 --loss.warmup-steps 60",
         mode="detect",
     ),
     "coco128-boxes": Variant(
