@@ -110,7 +110,7 @@ def _train(job: Job) -> None:
         step, last = learner.step, learner.step == config.steps
         if step % config.log_every == 0 or last:
             journal.write(step, float(learner.schedule.get_last_lr()[0]))
-        stop = bool(signal)
+        stop = signal.agreed()
         if validation and (last or (config.eval_every and step % config.eval_every == 0)):
             with journal.pause(), autocast():
                 metrics = _validate(validation, learner, rank, cpu_group, journal)
@@ -215,7 +215,8 @@ class StopSignal:
         self.started = time.monotonic()
         self._answer = job.control.stopping.remote()
 
-    def __bool__(self) -> bool:
+    def agreed(self) -> bool:
+        """Asks all ranks, which must call it after the same step."""
         stop = False
         if self.rank == 0:
             # No step waits for the driver: an answer that is late counts after the next one.
