@@ -16,9 +16,10 @@ from torch import Tensor
 
 from boxinst import losses
 from boxinst.condinst import Outputs
-from boxinst.config import LossConfig, ModelConfig
+from boxinst.config import ANY_FILL, LossConfig, ModelConfig
 from boxinst.dynamic import (
     HeadShape,
+    WindowGroup,
     aligned_upsample,
     box_masks,
     dynamic_mask_windows,
@@ -53,6 +54,11 @@ class _MaskSums:
     """Instances trained by their box."""
     masks: Tensor
     """Instances trained by their mask."""
+    imitation: Tensor
+    fill: Tensor
+    overlap: Tensor
+    shared: Tensor
+    """Number of cells that several boxes hold, for ``overlap``."""
 
     def __add__(self, other: _MaskSums) -> _MaskSums:
         return _MaskSums(*(getattr(self, k) + getattr(other, k) for k in self.__dataclass_fields__))
@@ -69,7 +75,7 @@ class Criterion:
     def __init__(self, model: ModelConfig, config: LossConfig) -> None:
         self.model, self.config = model, config
 
-    def __call__(self, outputs: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
+    def __call__(self, outputs: Outputs, batch: Batch, step: int, teacher: Outputs | None = None) -> dict[str, Tensor]:
         """The loss of a batch.
 
         Every sum is divided by a count over all ranks, so that ranks with few instances weigh as little as they
@@ -79,6 +85,8 @@ class Criterion:
             outputs: of ``CondInst.forward`` with the boxes of ``batch.targets``.
             batch: images, validity and labels.
             step: optimiser step, from 0; it drives the warm-up.
+            teacher: what the average of the network so far says of the same images and boxes. Instances with only a box
+                then learn from its masks too.
 
         Returns:
             ``loss`` to call backward on, and its weighted terms, detached: ``projection``, ``pairwise``, ``dice`` for
@@ -92,13 +100,14 @@ class Criterion:
             kernel_size=config.kernel_size,
             dilation=config.dilation,
             theta=config.theta,
+            contrast_reach=config.contrast_reach,
         )
         # Zero, but connected to every output: no parameter is ever without a gradient, on any rank.
         total = outputs.mask_features.sum() * 0
         terms: dict[str, Tensor] = {}
         if outputs.prompt is not None:
             total = total + outputs.prompt.sum() * 0
-            terms |= self._weigh(self._prompt_sums(outputs, batch, similarity), step, prefix="")
+            terms |= self._weigh(self._prompt_sums(outputs, batch, similarity, teacher), step, prefix="")
         if outputs.dense is not None:
             dense = outputs.dense
             for tensor in (dense.class_logits, dense.distances, dense.centerness, dense.controllers):
@@ -111,7 +120,8 @@ class Criterion:
 
     def _weigh(self, sums: _MaskSums, step: int, prefix: str) -> dict[str, Tensor]:
         """Sums → weighted means. With mixed labels every instance counts alike, whichever loss it takes."""
-        edges, boxes, masks = _mean_over_ranks(torch.stack([sums.edges, sums.boxes, sums.masks])).unbind()
+        counts = torch.stack([sums.edges, sums.boxes, sums.masks, sums.shared])
+        edges, boxes, masks, shared = _mean_over_ranks(counts).unbind()
         instances = (boxes + masks).clamp(min=1)
         warmup = losses.warmup(step + 1, self.config.warmup_steps)
         terms = {
@@ -119,9 +129,15 @@ class Criterion:
             "pairwise": sums.pairwise / edges.clamp(min=1) * (boxes / instances) * self.config.pairwise_weight * warmup,
             "dice": sums.dice / instances,
         }
+        if self.config.teacher_weight:
+            terms["imitation"] = sums.imitation / instances * self.config.teacher_weight
+        if self.config.fill_range != ANY_FILL:
+            terms["fill"] = sums.fill / instances * self.config.fill_weight
+        if self.config.overlap_weight:
+            terms["overlap"] = sums.overlap / shared.clamp(min=1) * self.config.overlap_weight * warmup
         return {prefix + name: term for name, term in terms.items()}
 
-    def _prompt_sums(self, outputs: Outputs, batch: Batch, similarity: Tensor) -> _MaskSums:
+    def _prompt_sums(self, outputs: Outputs, batch: Batch, similarity: Tensor, teacher: Outputs | None) -> _MaskSums:
         """Mask losses of the given boxes, each in a window around its box."""
         assert outputs.prompt is not None
         model, stride = self.model, self.model.loss_stride
@@ -131,6 +147,7 @@ class Criterion:
         usable = torch.cat([t.tight & ~t.crowd for t in batch.targets])
         points, scales = prompt_coordinates(boxes)
         sums = self._nothing(outputs.prompt)
+        owners = _Owners(similarity)
         # The window must also hold the other end of every colour edge that starts inside the box.
         least = max(4 * model.mask_stride, self.config.dilation * (self.config.kernel_size // 2) * stride)
         longer = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
@@ -139,18 +156,23 @@ class Criterion:
         selected = usable.nonzero().squeeze(1)
         for group in window_groups(boxes[selected], grid, model.mask_stride, margin[selected]):
             who = selected[group.members]
-            coarse = dynamic_mask_windows(
-                outputs.mask_features,
-                image_index[who],
-                outputs.prompt[who],
-                points[who],
-                scales[who],
-                group.origins,
-                group.size,
-                head=HeadShape.of(model),
-                stride=model.mask_stride,
-            )
-            logits = upsample(coarse.float(), 2)  # [m, h, w] at the loss stride
+
+            def window_logits(of: Outputs, who: Tensor = who, group: WindowGroup = group) -> Tensor:
+                assert of.prompt is not None
+                coarse = dynamic_mask_windows(
+                    of.mask_features,
+                    image_index[who],
+                    of.prompt[who],
+                    points[who],
+                    scales[who],
+                    group.origins,
+                    group.size,
+                    head=HeadShape.of(model),
+                    stride=model.mask_stride,
+                )
+                return upsample(coarse.float(), 2)  # [m, h, w] at the loss stride
+
+            logits = window_logits(outputs)
             origins, size = group.origins * 2, (group.size[0] * 2, group.size[1] * 2)
             windows = box_masks(boxes[who], size, stride, origins)
             truth = None
@@ -159,6 +181,17 @@ class Criterion:
             sums = sums + self._mask_sums(
                 logits, similarity, windows, by_mask[who], truth, image_index[who], corners=origins.flip(1)
             )
+            by_box = ~by_mask[who]
+            if teacher is not None:
+                imitation = losses.imitation_terms(logits, window_logits(teacher), windows)
+                sums.imitation = sums.imitation + (imitation * by_box).sum()
+            if self.config.fill_range != ANY_FILL:
+                fill = losses.fill_terms(logits, windows, self.config.fill_range)
+                sums.fill = sums.fill + (fill * by_box).sum()
+            if self.config.overlap_weight:
+                owners.add(logits, windows, image_index[who], origins.flip(1))
+        if self.config.overlap_weight:
+            sums.overlap, sums.shared = owners.losers()
         return sums
 
     def _detect(
@@ -282,6 +315,7 @@ class Criterion:
             corners: [P, 2] (row, column) of each window's first cell, or None for the whole map.
         """
         config, by_box = self.config, ~by_mask
+        zero = logits.sum() * 0
         projection = (losses.projection_terms(logits, windows) * by_box).sum()
         dice = logits.sum() * 0
         if truth is not None:
@@ -296,12 +330,46 @@ class Criterion:
             kernel_size=config.kernel_size,
             dilation=config.dilation,
         )
-        return _MaskSums(projection, dice, pairwise, edges.float(), by_box.sum().float(), by_mask.sum().float())
+        counts = edges.float(), by_box.sum().float(), by_mask.sum().float()
+        return _MaskSums(projection, dice, pairwise, *counts, *[zero] * 4)
 
     @staticmethod
     def _nothing(like: Tensor) -> _MaskSums:
         zero = torch.zeros((), device=like.device)
-        return _MaskSums(zero, zero, zero, zero, zero, zero)
+        return _MaskSums(*[zero] * 10)
+
+
+class _Owners:
+    """What masks claim of cells that another mask of the image claims more: a cell has one owner.
+
+    Only the weaker claims learn from it. A product of the claims would push all of them down, and masks would vanish.
+    """
+
+    def __init__(self, similarity: Tensor) -> None:
+        n, _, h, w = similarity.shape
+        self.grid, self.device = torch.Size((n, h, w)), similarity.device
+        self._cells: list[Tensor] = []
+        self._claims: list[Tensor] = []
+        self._held: list[Tensor] = []
+
+    def add(self, logits: Tensor, windows: Tensor, image_index: Tensor, corners: Tensor) -> None:
+        """Claims of instances in windows [P, h, w] whose first cells are ``corners`` (row, column) of the grid."""
+        cells, inside = losses.window_cells(corners, image_index, self.grid, logits.shape)
+        held = windows & inside
+        self._cells.append(cells.flatten())
+        self._claims.append((logits.sigmoid() * held).flatten())
+        self._held.append(held.flatten())
+
+    def losers(self) -> tuple[Tensor, Tensor]:
+        """The sum of all probabilities but the best of each cell, and the number of cells that several boxes hold."""
+        if not self._cells:
+            zero = torch.zeros((), device=self.device)
+            return zero, zero
+        cells, claims = torch.cat(self._cells), torch.cat(self._claims)
+        empty = claims.new_zeros(self.grid.numel())
+        best = empty.scatter_reduce(0, cells, claims.detach(), "amax").index_select(0, cells)
+        boxes = empty.index_add(0, cells, torch.cat(self._held).to(claims.dtype))
+        return (claims * (claims < best)).sum(), (boxes > 1).sum().to(claims.dtype)
 
 
 def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tuple[int, int], stride: int) -> Tensor:

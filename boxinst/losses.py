@@ -20,6 +20,10 @@ from torchvision.ops import sigmoid_focal_loss
 
 DICE_EPS = 1e-5
 
+LEAST_CONTRAST = 1.0
+"""Mean colour distance below which a place counts as flat: one ΔE of CIE-LAB is just about visible, so that smaller
+differences are noise."""
+
 # sRGB to XYZ (D65) and the white point of the 2° observer: the constants of skimage.color.rgb2lab.
 _XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),
@@ -134,6 +138,44 @@ def projection_terms(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
     return loss
 
 
+def fill_terms(mask_logits: Tensor, box_masks: Tensor, fill_range: tuple[float, float]) -> Tensor:
+    """How far each mask fills less or more of its box than it may: max(least − f, 0) + max(f − most, 0).
+
+    f = Σ p b / Σ b. Projection and pairwise loss alone are content with a mask that fills its box, and with one that is
+    a thin cross; the shape of most objects allows neither.
+
+    Args:
+        mask_logits: [P, H, W].
+        box_masks: [P, H, W], 1 inside the box and 0 outside.
+        fill_range: (least, most) share.
+
+    Returns:
+        [P].
+    """
+    probabilities = _full(mask_logits).sigmoid()
+    inside = box_masks.to(probabilities.dtype)
+    fill = (probabilities * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    least, most = fill_range
+    return (least - fill).clamp(min=0) + (fill - most).clamp(min=0)
+
+
+def imitation_terms(mask_logits: Tensor, teacher_logits: Tensor, box_masks: Tensor) -> Tensor:
+    """Dice loss of each mask against a teacher's, weighted by the teacher's mean probability on its mask.
+
+    Args:
+        mask_logits: [P, H, W].
+        teacher_logits: [P, H, W], without gradient.
+        box_masks: [P, H, W], 1 inside the box and 0 outside; the teacher's masks are cut to it.
+
+    Returns:
+        [P]; 0 where the teacher has no mask.
+    """
+    probabilities = _full(teacher_logits).sigmoid() * box_masks
+    masks = probabilities > 0.5
+    sure = (probabilities * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
+    return dice_terms(mask_logits, masks) * sure
+
+
 def projection_loss(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
     """Mean of ``projection_terms`` over the instances."""
     return _mean(projection_terms(mask_logits, box_masks))
@@ -157,10 +199,15 @@ def color_similarity(
     kernel_size: int = 3,
     dilation: int = 2,
     theta: float = 2.0,
+    contrast_reach: int = 0,
 ) -> Tensor:
     """Colour similarity of each cell and its neighbours, exp(−‖c_i − c_j‖ / θ) in CIE-LAB (BoxInst, eq. 6).
 
     Colours are those of the image reduced by averaging stride × stride pixels and cut to 8 bits.
+
+    With a ``contrast_reach`` of r the distances of cell i are divided by their mean over the (2r + 1)² cells around it.
+    One θ then means the same in a grainy image, where neighbours of one object differ much, and in a faint one, where
+    even an outline is a small difference.
 
     Args:
         images: [N, 3, H, W] RGB in 0..255, uint8 or float.
@@ -169,7 +216,8 @@ def color_similarity(
         stride: pixels per cell, along each axis.
         kernel_size: side of the neighbourhood, odd.
         dilation: distance in cells between neighbours.
-        theta: θ.
+        theta: θ, in units of ΔE, or of the local mean distance where ``contrast_reach`` is given.
+        contrast_reach: r in cells, about the size of an object; 0 for distances as they are.
 
     Returns:
         [N, K, H // stride, W // stride] float32, 0 where the neighbour is invalid or outside the image.
@@ -187,12 +235,26 @@ def color_similarity(
     reach = kernel_size // 2 * dilation
     around = (reach, reach, reach, reach)
     lab_padded, valid_padded = F.pad(lab, around), F.pad(neighbour_valid, around)
-    similarity = lab.new_empty(n, kernel_size**2 - 1, h, w)
+    distances = lab.new_empty(n, kernel_size**2 - 1, h, w)
+    neighbours_valid = torch.empty_like(distances, dtype=torch.bool)
     for k, (dy, dx) in enumerate(neighbours(kernel_size, dilation)):
         rows, columns = slice(reach + dy, reach + dy + h), slice(reach + dx, reach + dx + w)
-        distance = (lab - lab_padded[:, :, rows, columns]).square().sum(1).sqrt()
-        similarity[:, k] = (-distance / theta).exp() * valid_padded[:, rows, columns]
-    return similarity
+        distances[:, k] = (lab - lab_padded[:, :, rows, columns]).square().sum(1).sqrt()
+        neighbours_valid[:, k] = valid_padded[:, rows, columns]
+    unit: Tensor | float = theta
+    if contrast_reach:
+        unit = theta * _local_contrast(distances, neighbours_valid & neighbour_valid[:, None], contrast_reach)
+    return (-distances / unit).exp_().mul_(neighbours_valid)
+
+
+def _local_contrast(distances: Tensor, valid: Tensor, reach: int) -> Tensor:
+    """Mean of the valid distances [N, K, h, w] over the (2·reach + 1)² cells around each cell → [N, 1, h, w]."""
+
+    def around(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x.sum(1, keepdim=True), 2 * reach + 1, stride=1, padding=reach)
+
+    mean = around(distances * valid) / around(valid.float()).clamp(min=1e-6)
+    return mean.clamp(min=LEAST_CONTRAST)
 
 
 def _lab_from_rgb(rgb: Tensor) -> Tensor:
@@ -283,7 +345,7 @@ def pairwise_terms(
         if corners is not None:
             if image_index is None:
                 image_index = torch.arange(len(mask_logits), device=mask_logits.device)
-            cells, inside = _window_cells(corners, image_index, bits.shape, mask_logits.shape)
+            cells, inside = window_cells(corners, image_index, bits.shape, mask_logits.shape)
             inside = inside & box_masks.bool()
             bits, degree = (x.flatten().index_select(0, cells.flatten()).view_as(inside) for x in (bits, degree))
         else:
@@ -359,7 +421,7 @@ class _PairwiseSum(torch.autograd.Function):
         return (gradient * grad_output).to(ctx.dtype), None, None, None
 
 
-def _window_cells(corners: Tensor, image_index: Tensor, grid: torch.Size, window: torch.Size) -> tuple[Tensor, Tensor]:
+def window_cells(corners: Tensor, image_index: Tensor, grid: torch.Size, window: torch.Size) -> tuple[Tensor, Tensor]:
     """Where the cells of the windows lie in a flattened [N, H, W] grid, [P, h, w] int64, and whether they do."""
     _, height, width = grid
     rows = corners[:, :1] + torch.arange(window[1], device=corners.device)  # [P, h]

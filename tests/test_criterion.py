@@ -143,6 +143,54 @@ def test_invalid_pixels_take_no_part_in_colour_edges(model):
     assert float(run(model, data)["projection"]) > 0
 
 
+def prompt_logits(model: CondInst, data: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask logits and boxes of all instances over the whole map, at the loss stride."""
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    boxes = torch.cat([t.boxes for t in data.targets])
+    index = [n for n, t in enumerate(data.targets) for _ in range(len(t))]
+    points, scales = prompt_coordinates(boxes)
+    maps = dynamic_masks(
+        outputs.mask_features, index, outputs.prompt, points, scales, head=HeadShape.of(CONFIG), stride=4
+    )
+    return upsample(maps, 2), box_masks(boxes, (32, 32), 2)
+
+
+def test_a_pixel_has_one_owner(model):
+    # The second box holds part of the first; the third touches neither, nor do boxes of another image.
+    boxes = torch.tensor([[4.0, 6, 30, 40], [20, 8, 60, 36], [40, 44, 62, 63]])
+    data = batch(Targets(boxes, torch.tensor([0, 1, 1])), targets())
+    config = LossConfig(warmup_steps=0, overlap_weight=3.0)
+    got = run(model, data, config)["overlap"]
+    logits, inside = prompt_logits(model, data)
+    total, shared = 0.0, 0
+    for members in (slice(0, 3), slice(3, 6)):
+        claims = (logits[members].double().sigmoid() * inside[members]).detach()
+        total += float(claims.sum() - claims.amax(0).sum())
+        shared += int((inside[members].sum(0) > 1).sum())
+    assert shared > 0
+    assert float(got) == pytest.approx(3 * total / shared, rel=1e-3)
+    model.zero_grad()
+
+
+def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
+    data = batch(targets("some"), targets())
+    config = LossConfig(warmup_steps=0, fill_range=(0.9, 0.95), fill_weight=2.0, teacher_weight=0.5)
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    torch.manual_seed(5)
+    other = CondInst(CONFIG).eval()
+    teacher = other(data.images, [t.boxes for t in data.targets], data.sizes)
+    terms = Criterion(CONFIG, config)(outputs, data, 100, teacher)
+    (logits, inside), (guess, _) = prompt_logits(model, data), prompt_logits(other, data)
+    by_box = torch.tensor([False, True, True, True, True, True])  # the first has a mask
+    fill = (losses.fill_terms(logits, inside, (0.9, 0.95)) * by_box).sum() / 6 * 2
+    torch.testing.assert_close(terms["fill"], fill.detach(), rtol=1e-4, atol=1e-5)
+    # The dice also sees the mask outside the box, of which windows hold a part.
+    imitation = (losses.imitation_terms(logits, guess, inside) * by_box).sum() / 6 * 0.5
+    assert float(terms["imitation"]) == pytest.approx(float(imitation.detach()), rel=0.2)
+    alone = Criterion(CONFIG, config)(outputs, data, 100)
+    assert float(alone["imitation"]) == 0
+
+
 def test_a_step_of_training_lowers_the_loss():
     torch.manual_seed(1)
     model = CondInst(CONFIG).train()
@@ -160,7 +208,15 @@ def test_a_step_of_training_lowers_the_loss():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("color_threshold", 1.5), ("kernel_size", 4), ("dilation", 0), ("pairwise_weight", -1), ("theta", 0)],
+    [
+        ("color_threshold", 1.5),
+        ("kernel_size", 4),
+        ("dilation", 0),
+        ("pairwise_weight", -1),
+        ("theta", 0),
+        ("fill_range", (0.8, 0.2)),
+        ("overlap_weight", -1),
+    ],
 )
 def test_config_errors_name_the_option(field, value):
     with pytest.raises(InputError, match=f"loss.{field}"):

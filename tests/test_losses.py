@@ -141,6 +141,31 @@ def test_color_similarity_equals_the_reference(stride: int, kernel_size: int, di
         torch.testing.assert_close(got[n].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_similarity_equals_the_reference() -> None:
+    h, w, reach, theta = 11, 9, 2, 0.8
+    images = torch.randint(0, 256, (2, 3, h, w), generator=generator(), dtype=torch.uint8)
+    images[0, :, :6, :5] = 7  # flat: the least contrast counts
+    valid = torch.ones(2, h, w, dtype=torch.bool)
+    valid[1, 7:] = False
+    got = losses.color_similarity(images, valid, stride=1, theta=theta, contrast_reach=reach)
+    for n in range(2):
+        # With a θ of 1 the reference gives the distances themselves.
+        distances = -reference_similarity(images[n], valid[n], 1, 3, 2, 1.0).clamp(min=1e-300).log()
+        known = torch.zeros(8, h, w, dtype=torch.bool)
+        for k, (dy, dx) in enumerate(offsets(3, 2)):
+            for y in range(h):
+                for x in range(w):
+                    known[k, y, x] = 0 <= y + dy < h and 0 <= x + dx < w and bool(valid[n, y + dy, x + dx])
+        for y in range(h):
+            for x in range(w):
+                rows, columns = slice(max(0, y - reach), y + reach + 1), slice(max(0, x - reach), x + reach + 1)
+                counted = known[:, rows, columns] & valid[n, rows, columns]
+                around = distances[:, rows, columns][counted]
+                unit = theta * max(float(around.mean()) if len(around) else 0.0, losses.LEAST_CONTRAST)
+                expected = (-distances[:, y, x] / unit).exp() * known[:, y, x]
+                torch.testing.assert_close(got[n, :, y, x].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_color_similarity_covers_the_whole_gamut() -> None:
     images = torch.randint(0, 256, (1, 3, 12, 12), generator=generator(), dtype=torch.uint8)
     images[:, :, :3] //= 40  # the linear part of both curves
@@ -360,6 +385,36 @@ def mask_losses(logits: Tensor, similarity: Tensor, boxes: Tensor, index: Tensor
             losses.dice_loss(logits, boxes),
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"), [(-9.0, 0.3), (0.0, 0.0), (9.0, 0.4), (torch.logit(torch.tensor(0.7)), 0.1)]
+)
+def test_fill_is_penalised_beyond_its_range_only(level: float, expected: float) -> None:
+    boxes = torch.zeros(1, 8, 8, dtype=torch.bool)
+    boxes[:, 2:6, 1:7] = True
+    logits = torch.full((1, 8, 8), float(level)).where(boxes, torch.tensor(9.0))  # outside the box nothing counts
+    logits.requires_grad_()
+    terms = losses.fill_terms(logits, boxes, (0.3, 0.6))
+    assert float(terms[0].detach()) == pytest.approx(expected, abs=1e-3)
+    terms.sum().backward()
+    assert logits.grad is not None
+    assert bool((logits.grad[~boxes] == 0).all())
+    assert bool((logits.grad[boxes] != 0).all()) == (expected > 0)
+
+
+def test_imitation_is_the_dice_on_the_teachers_masks_weighted_by_its_confidence() -> None:
+    rng = generator()
+    logits, teacher = torch.randn(3, 7, 6, generator=rng) * 2, torch.randn(3, 7, 6, generator=rng) * 2
+    teacher[2] = -5  # no mask at all
+    boxes = random_boxes(3, 7, 6)
+    got = losses.imitation_terms(logits, teacher, boxes)
+    for n in range(3):
+        p, q = logits[n].double().sigmoid(), teacher[n].double().sigmoid()
+        taken = boxes[n] & (q > 0.5)
+        sure = float(q[taken].mean()) if bool(taken.any()) else 0.0
+        dice = 1 - 2 * p[taken].sum() / (p.square().sum() + taken.sum() + losses.DICE_EPS)
+        assert float(got[n]) == pytest.approx(float(dice) * sure, abs=1e-5)
 
 
 def test_permuting_the_instances_changes_nothing() -> None:
