@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ray.data.collate_fn import ArrowBatchCollateFn
 from torch import Tensor, nn
 
-from boxinst.condinst import CondInst
+from boxinst.condinst import CondInst, Outputs
 from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch
@@ -164,7 +164,8 @@ def _step(
     """One optimiser step; returns the loss terms and the length of the gradient, still on the device."""
     with autocast():
         outputs = learner.model(batch.images, [t.boxes for t in batch.targets], batch.sizes)
-    terms = criterion(outputs, batch, learner.step)
+        teacher = _teacher(learner, batch, config)
+    terms = criterion(outputs, batch, learner.step, teacher)
     learner.optimizer.zero_grad(set_to_none=True)
     terms["loss"].backward()
     norm = nn.utils.clip_grad_norm_(learner.model.parameters(), config.grad_clip or math.inf)
@@ -173,6 +174,16 @@ def _step(
     learner.average.update_parameters(learner.network)
     learner.step += 1
     return {name: term.detach() for name, term in terms.items()}, norm
+
+
+def _teacher(learner: Learner, batch: Batch, config: TrainConfig) -> Outputs | None:
+    """What the average of the network says of the batch, in the second half of a run that has a mean teacher."""
+    if not config.loss.teacher_weight or 2 * learner.step < config.steps:
+        return None
+    with torch.no_grad():
+        average = learner.average.module.eval()
+        outputs: Outputs = average(batch.images, [t.boxes for t in batch.targets], batch.sizes)
+    return outputs
 
 
 def _validate(
