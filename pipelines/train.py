@@ -252,8 +252,9 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
 
     def augment_behind(table: pa.Table) -> pa.Table:
         # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for
-        # samples it leaves the cores to this process anyway.
-        os.nice(19)
+        # samples it leaves the cores to this process anyway. Not the lowest priority: beside other work on the machine
+        # that would hardly ever run, and the training would wait for it.
+        os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), 5))
         return augment(table)
 
     def make() -> ray.data.Dataset:

@@ -60,11 +60,11 @@ VARIANTS = {
         "nuclei", "train_boxes", "+ range of fill, mean teacher in the second half", f"{SHORT} --loss.teacher-weight 1"
     ),
     "short-even": Variant("nuclei", "train_even", "+ range of fill, rare types of image repeated", SHORT),
+    "short-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", SHORT),
+    "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", SHORT),
     "short-masks": Variant("nuclei", "train", "all masks", SHORT),
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
-    "nuclei-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", "--recipe nuclei"),
-    "nuclei-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", "--recipe nuclei"),
     "nuclei-projection": Variant(
         "nuclei", "train_boxes", "boxes, projection loss alone", "--recipe nuclei --loss.pairwise-weight 0"
     ),
@@ -134,7 +134,7 @@ def shard(data: Path, out: Path, corpus: str, split: str) -> str:
     return uri
 
 
-def measure(name: str, data: Path, out: Path) -> dict[str, Any]:
+def measure(name: str, data: Path, out: Path, threads: int) -> dict[str, Any]:
     """One row: train (or find trained) and evaluate."""
     from jobs import options
     from pipelines import evaluate, train
@@ -142,6 +142,7 @@ def measure(name: str, data: Path, out: Path) -> dict[str, Any]:
     variant = VARIANTS[name]
     val = shard(data, out, variant.corpus, "val")
     argv = f"{variant.train} --shards {shard(data, out, variant.corpus, variant.labels)} --val {val} --name {name}"
+    argv += f" --cpus-per-worker {threads}"
     config = options.parse(train.TrainConfig, argv.split(), command="train", about=None)
     trained = train.run(config)
     figures = evaluate.run(
@@ -248,6 +249,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("boxinst-home/benchmarks"), help="runs, shards and figures")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="which rows")
+    parser.add_argument("--threads", type=int, default=0, help="of a training; 0 for all cores")
     parser.add_argument("--images", nargs="*", type=int, default=[], help="ids of the images in the picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -256,7 +258,7 @@ def main() -> int:
     for name in args.only:
         measured = args.out / f"{name}.json"
         if not measured.exists():
-            measured.write_text(json.dumps(measure(name, args.data, args.out), indent=2) + "\n")
+            measured.write_text(json.dumps(measure(name, args.data, args.out, args.threads), indent=2) + "\n")
         rows.append(json.loads(measured.read_text()))
     for group in dict.fromkeys(name.split("-")[0] for name in VARIANTS):
         mine = [row for row in rows if row["name"].startswith(f"{group}-")]
