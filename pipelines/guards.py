@@ -101,11 +101,12 @@ def _against_full(config: TrainConfig) -> str:
     if not loss.pairwise_weight:
         return "Nothing draws them to the objects: set --loss.pairwise-weight (now 0) to 1."
     if 3 * loss.warmup_steps > config.steps:
-        return (
-            f"The colour term came too late: lower --loss.warmup-steps (now {loss.warmup_steps}) to "
-            f"{max(config.steps // 10, 1)}."
-        )
-    return ""
+        better = max(config.steps // 10, 1)
+        return f"The colour term comes too late: lower --loss.warmup-steps (now {loss.warmup_steps}) to {better}."
+    return (
+        "The colour term is too weak to cut the corners off: raise --loss.pairwise-weight (now "
+        f"{loss.pairwise_weight:g}) to {2 * loss.pairwise_weight:g}."
+    )
 
 
 def _against_hollow(config: TrainConfig) -> str:

@@ -131,7 +131,7 @@ def test_the_gradient_is_clipped() -> None:
 def kept(who: Learner) -> dict[str, Tensor]:
     """Weights, averaged weights and moments of the optimiser, as they are now."""
     moments = [m for state in who.optimizer.state.values() for m in state.values()]
-    average = [p for p in who.average.module.parameters()]
+    average = list(who.average.module.parameters())
     return {str(k): t.detach().clone() for k, t in enumerate([*who.network.parameters(), *average, *moments])}
 
 
