@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,6 +84,43 @@ def test_batches_without_usable_instances_train_on(model, kind):
     if kind != "tiny":
         assert float(terms["projection"]) == 0
         assert float(terms["pairwise"]) == 0
+
+
+DEGENERATE = {
+    "of no size": [[20.0, 20, 20, 20], [10, 5, 10, 40], [0, 0, 0, 0], [64, 64, 64, 64]],
+    "outside": [[100.0, 10, 140, 40], [-50, -50, -10, -10], [10, 64, 30, 90], [1e6, 1e6, 2e6, 2e6]],
+    "partly outside": [[-100.0, -100, 200, 200], [50, 50, 90, 90]],
+    "turned round": [[40.0, 40, 10, 10]],
+    "without a positive location": [[5.1, 5.1, 5.2, 5.2], [17, 17, 20, 20]],
+}
+"""Boxes that shards do not hold, or that augmentation may leave."""
+
+
+@pytest.fixture(scope="module", params=["prompt", "detect", "both"])
+def learning(request):
+    """A network in training and its optimiser, one after the other for all cases."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, prompt=request.param != "detect", detect=request.param != "prompt")
+    network = CondInst(config).train()
+    return network, torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*DEGENERATE, "none"])
+def test_degenerate_boxes_train_on_and_so_does_the_next_batch(learning, kind):
+    network, optimizer = learning
+    boxes = torch.tensor(DEGENERATE.get(kind, [])).reshape(-1, 4)
+    labels = torch.arange(len(boxes)) % 2
+    odd = Targets(boxes, labels)
+    masked = Targets(boxes, labels, torch.zeros(len(boxes), 64, 64, dtype=torch.bool))
+    empty = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    for data in (batch(odd, empty), batch(masked), batch(targets("some"), odd)):
+        terms = run(network, data)
+        assert all(bool(t.isfinite()) for t in terms.values()), terms
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
+        optimizer.step()
+    assert all(bool(p.grad.any()) for p in network.parameters())  # the last batch holds sound labels too
 
 
 def test_prompt_terms_equal_the_whole_map(model):
