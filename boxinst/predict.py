@@ -81,7 +81,7 @@ def segment(
         _passes(
             model,
             [image.flip(axes) for image in images],
-            [mirror_boxes(b, axes, image.shape[-2:]) for b, image in zip(boxes, images, strict=True)],
+            [mirror_boxes(b, axes, (image.shape[1], image.shape[2])) for b, image in zip(boxes, images, strict=True)],
         )
         for axes in mirrors
     )
@@ -108,7 +108,7 @@ def segment(
                 logits,
                 views,
             )
-            result[n].boxes, result[n].labels = boxes[n].float(), labels[n]  # type: ignore[union-attr]
+            result[n].boxes, result[n].labels = boxes[n].float(), labels[n]
             start = end
     return result  # type: ignore[return-value]
 
