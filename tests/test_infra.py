@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -509,12 +510,10 @@ def running(command: list[str | Path], log: Path, **how: Any) -> Iterator[subpro
     try:
         yield process
     finally:
-        os.killpg(process.pid, 15)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal_number)
+                process.wait(20)
 
 
 @pytest.fixture
@@ -615,7 +614,7 @@ def test_mlflow_keeps_runs_in_postgresql_and_models_on_s3(
     before, after = (boxinst.load(f).state_dict() for f in (tiny_model, folder))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    with psycopg2.connect(database) as connection, connection.cursor() as cursor:
+    with psycopg2.connect(database.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
         cursor.execute("select name, status from runs")
         assert cursor.fetchall() == [("cells", "FINISHED")]
         cursor.execute("select alias, version from registered_model_aliases")
