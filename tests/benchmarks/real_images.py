@@ -23,10 +23,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 METRICS = ("mask_iou", "mask_ap", "mask_ap50", "box_ap")
-SHORT = "--recipe nuclei --steps 300 --loss.warmup-steps 30 --ema-decay 0.98"
-"""A third of the recipe's steps, in which the leads are compared."""
+SHORT = "--recipe nuclei --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.views 1"
+"""A quarter of the recipe's steps and views, in which the leads are compared."""
 PUBLISHED = f"{SHORT} --loss.fill-range 0 1"
-SMALL_NETWORK = "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --loss.bottom-pixels 10"
+SMALL_NETWORK = (
+    "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --model.views 1 "
+    "--loss.bottom-pixels 10 --loss.fill-range 0 1 --loss.warmup-steps 90"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,11 @@ VARIANTS = {
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
     "nuclei-projection": Variant(
-        "nuclei", "train_boxes", "boxes, projection loss alone", "--recipe nuclei --loss.pairwise-weight 0"
+        "nuclei",
+        "train_boxes",
+        "boxes, projection loss alone",
+        "--recipe nuclei --loss.pairwise-weight 0 --loss.fill-range 0 1 --model.views 1 "
+        "--steps 900 --loss.warmup-steps 90",
     ),
     "nuclei-detect": Variant(
         "nuclei",
