@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from boxinst import losses
+from boxinst import losses, priors
 from boxinst.condinst import Outputs
 from boxinst.config import ANY_FILL, LossConfig, ModelConfig
 from boxinst.dynamic import (
@@ -147,7 +147,7 @@ class Criterion:
         usable = torch.cat([t.tight & ~t.crowd for t in batch.targets])
         points, scales = prompt_coordinates(boxes)
         sums = self._nothing(outputs.prompt)
-        owners = _Owners(similarity)
+        owners = priors.Owners(similarity)
         # The window must also hold the other end of every colour edge that starts inside the box.
         least = max(4 * model.mask_stride, self.config.dilation * (self.config.kernel_size // 2) * stride)
         longer = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
@@ -183,10 +183,10 @@ class Criterion:
             )
             by_box = ~by_mask[who]
             if teacher is not None:
-                imitation = losses.imitation_terms(logits, window_logits(teacher), windows)
+                imitation = priors.imitation_terms(logits, window_logits(teacher), windows)
                 sums.imitation = sums.imitation + (imitation * by_box).sum()
             if self.config.fill_range != ANY_FILL:
-                fill = losses.fill_terms(logits, windows, self.config.fill_range)
+                fill = priors.fill_terms(logits, windows, self.config.fill_range)
                 sums.fill = sums.fill + (fill * by_box).sum()
             if self.config.overlap_weight:
                 owners.add(logits, windows, image_index[who], origins.flip(1))
@@ -337,39 +337,6 @@ class Criterion:
     def _nothing(like: Tensor) -> _MaskSums:
         zero = torch.zeros((), device=like.device)
         return _MaskSums(*[zero] * 10)
-
-
-class _Owners:
-    """What masks claim of cells that another mask of the image claims more: a cell has one owner.
-
-    Only the weaker claims learn from it. A product of the claims would push all of them down, and masks would vanish.
-    """
-
-    def __init__(self, similarity: Tensor) -> None:
-        n, _, h, w = similarity.shape
-        self.grid, self.device = torch.Size((n, h, w)), similarity.device
-        self._cells: list[Tensor] = []
-        self._claims: list[Tensor] = []
-        self._held: list[Tensor] = []
-
-    def add(self, logits: Tensor, windows: Tensor, image_index: Tensor, corners: Tensor) -> None:
-        """Claims of instances in windows [P, h, w] whose first cells are ``corners`` (row, column) of the grid."""
-        cells, inside = losses.window_cells(corners, image_index, self.grid, logits.shape)
-        held = windows & inside
-        self._cells.append(cells.flatten())
-        self._claims.append((logits.sigmoid() * held).flatten())
-        self._held.append(held.flatten())
-
-    def losers(self) -> tuple[Tensor, Tensor]:
-        """The sum of all probabilities but the best of each cell, and the number of cells that several boxes hold."""
-        if not self._cells:
-            zero = torch.zeros((), device=self.device)
-            return zero, zero
-        cells, claims = torch.cat(self._cells), torch.cat(self._claims)
-        empty = claims.new_zeros(self.grid.numel())
-        best = empty.scatter_reduce(0, cells, claims.detach(), "amax").index_select(0, cells)
-        boxes = empty.index_add(0, cells, torch.cat(self._held).to(claims.dtype))
-        return (claims * (claims < best)).sum(), (boxes > 1).sum().to(claims.dtype)
 
 
 def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tuple[int, int], stride: int) -> Tensor:

@@ -138,44 +138,6 @@ def projection_terms(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
     return loss
 
 
-def fill_terms(mask_logits: Tensor, box_masks: Tensor, fill_range: tuple[float, float]) -> Tensor:
-    """How far each mask fills less or more of its box than it may: max(least − f, 0) + max(f − most, 0).
-
-    f = Σ p b / Σ b. Projection and pairwise loss alone are content with a mask that fills its box, and with one that is
-    a thin cross; the shape of most objects allows neither.
-
-    Args:
-        mask_logits: [P, H, W].
-        box_masks: [P, H, W], 1 inside the box and 0 outside.
-        fill_range: (least, most) share.
-
-    Returns:
-        [P].
-    """
-    probabilities = _full(mask_logits).sigmoid()
-    inside = box_masks.to(probabilities.dtype)
-    fill = (probabilities * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    least, most = fill_range
-    return (least - fill).clamp(min=0) + (fill - most).clamp(min=0)
-
-
-def imitation_terms(mask_logits: Tensor, teacher_logits: Tensor, box_masks: Tensor) -> Tensor:
-    """Dice loss of each mask against a teacher's, weighted by the teacher's mean probability on its mask.
-
-    Args:
-        mask_logits: [P, H, W].
-        teacher_logits: [P, H, W], without gradient.
-        box_masks: [P, H, W], 1 inside the box and 0 outside; the teacher's masks are cut to it.
-
-    Returns:
-        [P]; 0 where the teacher has no mask.
-    """
-    probabilities = _full(teacher_logits).sigmoid() * box_masks
-    masks = probabilities > 0.5
-    sure = (probabilities * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
-    return dice_terms(mask_logits, masks) * sure
-
-
 def projection_loss(mask_logits: Tensor, box_masks: Tensor) -> Tensor:
     """Mean of ``projection_terms`` over the instances."""
     return _mean(projection_terms(mask_logits, box_masks))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses
+from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses, priors
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
@@ -221,10 +221,10 @@ def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
     terms = Criterion(CONFIG, config)(outputs, data, 100, teacher)
     (logits, inside), (guess, _) = prompt_logits(model, data), prompt_logits(other, data)
     by_box = torch.tensor([False, True, True, True, True, True])  # the first has a mask
-    fill = (losses.fill_terms(logits, inside, (0.9, 0.95)) * by_box).sum() / 6 * 2
+    fill = (priors.fill_terms(logits, inside, (0.9, 0.95)) * by_box).sum() / 6 * 2
     torch.testing.assert_close(terms["fill"], fill.detach(), rtol=1e-4, atol=1e-5)
     # The dice also sees the mask outside the box, of which windows hold a part.
-    imitation = (losses.imitation_terms(logits, guess, inside) * by_box).sum() / 6 * 0.5
+    imitation = (priors.imitation_terms(logits, guess, inside) * by_box).sum() / 6 * 0.5
     assert float(terms["imitation"]) == pytest.approx(float(imitation.detach()), rel=0.2)
     alone = Criterion(CONFIG, config)(outputs, data, 100)
     assert float(alone["imitation"]) == 0

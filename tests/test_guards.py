@@ -78,7 +78,10 @@ def test_masks_are_rough_before_the_end_of_the_warm_up() -> None:
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (LossConfig(warmup_steps=100), "raise --loss.pairwise-weight (now 1) to 2."),
+        (
+            LossConfig(warmup_steps=100),
+            "raise --loss.pairwise-weight (now 1) to 2; for round objects set --loss.fill-range 0.5 0.785.",
+        ),
         (LossConfig(warmup_steps=100, pairwise_weight=0), "set --loss.pairwise-weight (now 0) to 1."),
         (LossConfig(), "lower --loss.warmup-steps (now 10000) to 100."),
     ],
