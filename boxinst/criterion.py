@@ -19,7 +19,6 @@ from boxinst.condinst import Outputs
 from boxinst.config import ANY_FILL, LossConfig, ModelConfig
 from boxinst.dynamic import (
     HeadShape,
-    WindowGroup,
     aligned_upsample,
     box_masks,
     dynamic_mask_windows,
@@ -28,15 +27,7 @@ from boxinst.dynamic import (
     upsample,
     window_groups,
 )
-from boxinst.fcos import (
-    SIZES_OF_INTEREST,
-    DenseOutputs,
-    Locations,
-    assign,
-    locations,
-    sample_positives,
-    sampling_centers,
-)
+from boxinst.fcos import DenseOutputs, Locations, assign, locations, sample_positives, sampling_centers
 from boxinst.predict import prompt_coordinates
 from boxinst.structures import Batch, Targets
 
@@ -62,6 +53,22 @@ class _MaskSums:
 
     def __add__(self, other: _MaskSums) -> _MaskSums:
         return _MaskSums(*(getattr(self, k) + getattr(other, k) for k in self.__dataclass_fields__))
+
+
+@dataclass
+class Windows:
+    """Given boxes whose windows have one size, on the device."""
+
+    rows: Tensor
+    """[m] int64, rows of ``Outputs.prompt``."""
+    boxes: Tensor
+    """[m, 4] xyxy pixels."""
+    images: Tensor
+    """[m] int64."""
+    origins: Tensor
+    """[m, 2] (column, row) of each window's first cell, at the mask stride."""
+    size: tuple[int, int]
+    """(rows, columns) in cells."""
 
 
 class Criterion:
@@ -140,12 +147,12 @@ class Criterion:
     def _prompt_sums(self, outputs: Outputs, batch: Batch, similarity: Tensor, teacher: Outputs | None) -> _MaskSums:
         """Mask losses of the given boxes, each in a window around its box."""
         assert outputs.prompt is not None
-        model, stride = self.model, self.model.loss_stride
-        boxes = torch.cat([t.boxes for t in batch.targets])
-        image_index = torch.cat([torch.full_like(t.labels, n) for n, t in enumerate(batch.targets)])
-        by_mask = torch.cat([t.has_mask for t in batch.targets])
-        usable = torch.cat([t.tight & ~t.crowd for t in batch.targets])
-        points, scales = prompt_coordinates(boxes)
+        model, stride, device = self.model, self.model.loss_stride, outputs.prompt.device
+        # All is planned on the host, and what a group of windows needs is sent over: no step waits for the device.
+        boxes = torch.cat([t.boxes for t in batch.host])
+        image_index = torch.cat([torch.full_like(t.labels, n) for n, t in enumerate(batch.host)])
+        by_mask = torch.cat([t.has_mask for t in batch.host])
+        usable = torch.cat([t.tight & ~t.crowd for t in batch.host])
         sums = self._nothing(outputs.prompt)
         owners = priors.Owners(similarity)
         # The window must also hold the other end of every colour edge that starts inside the box.
@@ -156,43 +163,48 @@ class Criterion:
         selected = usable.nonzero().squeeze(1)
         for group in window_groups(boxes[selected], grid, model.mask_stride, margin[selected]):
             who = selected[group.members]
-
-            def window_logits(of: Outputs, who: Tensor = who, group: WindowGroup = group) -> Tensor:
-                assert of.prompt is not None
-                coarse = dynamic_mask_windows(
-                    of.mask_features,
-                    image_index[who],
-                    of.prompt[who],
-                    points[who],
-                    scales[who],
-                    group.origins,
-                    group.size,
-                    head=HeadShape.of(model),
-                    stride=model.mask_stride,
-                )
-                return upsample(coarse.float(), 2)  # [m, h, w] at the loss stride
-
-            logits = window_logits(outputs)
-            origins, size = group.origins * 2, (group.size[0] * 2, group.size[1] * 2)
-            windows = box_masks(boxes[who], size, stride, origins)
+            size = (group.size[0] * 2, group.size[1] * 2)  # at the loss stride
             truth = None
             if bool(by_mask[who].any()):
-                truth = _mask_windows(batch.targets, who, origins, size, stride)
-            sums = sums + self._mask_sums(
-                logits, similarity, windows, by_mask[who], truth, image_index[who], corners=origins.flip(1)
+                truth = _mask_windows(batch.targets, who, group.origins * 2, size, stride)
+            rows, given, images, masked, origins = (
+                x.to(device, non_blocking=True)
+                for x in (who, boxes[who], image_index[who], by_mask[who], group.origins)
             )
-            by_box = ~by_mask[who]
+            of = Windows(rows, given, images, origins, group.size)
+            logits = self._prompt_logits(outputs, of)
+            windows = box_masks(given, size, stride, origins * 2)
+            sums = sums + self._mask_sums(
+                logits, similarity, windows, ~masked, masked, truth, images, corners=(origins * 2).flip(1)
+            )
             if teacher is not None:
-                imitation = priors.imitation_terms(logits, window_logits(teacher), windows)
-                sums.imitation = sums.imitation + (imitation * by_box).sum()
+                imitation = priors.imitation_terms(logits, self._prompt_logits(teacher, of), windows)
+                sums.imitation = sums.imitation + (imitation * ~masked).sum()
             if self.config.fill_range != ANY_FILL:
                 fill = priors.fill_terms(logits, windows, self.config.fill_range)
-                sums.fill = sums.fill + (fill * by_box).sum()
+                sums.fill = sums.fill + (fill * ~masked).sum()
             if self.config.overlap_weight:
-                owners.add(logits, windows, image_index[who], origins.flip(1))
+                owners.add(logits, windows, images, (origins * 2).flip(1))
         if self.config.overlap_weight:
             sums.overlap, sums.shared = owners.losers()
         return sums
+
+    def _prompt_logits(self, outputs: Outputs, of: Windows) -> Tensor:
+        """Mask logits [m, h, w] at the loss stride, of given boxes in their windows."""
+        assert outputs.prompt is not None
+        points, scales = prompt_coordinates(of.boxes)
+        coarse = dynamic_mask_windows(
+            outputs.mask_features,
+            of.images,
+            outputs.prompt[of.rows],
+            points,
+            scales,
+            of.origins,
+            of.size,
+            head=HeadShape.of(self.model),
+            stride=self.model.mask_stride,
+        )
+        return upsample(coarse.float(), 2)
 
     def _detect(
         self, features: Tensor, dense: DenseOutputs, batch: Batch, similarity: Tensor, step: int
@@ -202,23 +214,27 @@ class Criterion:
         focal, box, center = [], [], []
         counts, weights = [], []
         kept, owners, chosen = [], [], []
-        for n, targets in enumerate(batch.targets):
-            targets = targets[~targets.crowd]
+        for n, (targets, host) in enumerate(zip(batch.targets, batch.host, strict=True)):
+            if bool(host.crowd.any()):
+                others = (~host.crowd).nonzero().squeeze(1)
+                targets = targets[others.to(places.points.device, non_blocking=True)]
             centers = sampling_centers(
                 targets.boxes,
                 (batch.images.shape[2], batch.images.shape[3]),
                 None if targets.masks is None else targets.masks & targets.has_mask[:, None, None],
             )
             assigned = assign(places, targets.boxes, centers)
-            positive = (assigned.instance >= 0).nonzero().squeeze(1)
-            owner = assigned.instance[positive]
+            # Over all locations, with weights: to pick the positive ones, one would have to wait for their number.
+            positive = (assigned.instance >= 0).float()
             wanted = torch.zeros_like(dense.class_logits[n], dtype=torch.float32)
-            wanted[positive, targets.labels[owner]] = 1
+            if len(targets):
+                label = targets.labels[assigned.instance.clamp(min=0)]
+                wanted.scatter_(1, label[:, None], positive[:, None])
+            weight = assigned.centerness  # 0 on background
             focal.append(losses.focal_loss(dense.class_logits[n], wanted))
-            weight = assigned.centerness[positive]
-            box.append(losses.giou_loss(dense.distances[n, positive], assigned.distances[positive], weight))
-            center.append(losses.centerness_loss(dense.centerness[n, positive], weight))
-            counts.append(torch.ones_like(weight).sum())
+            box.append(losses.giou_loss(dense.distances[n], assigned.distances, weight))
+            center.append(losses.centerness_loss(dense.centerness[n], weight, positive))
+            counts.append(positive.sum())
             weights.append(weight.sum())
             kept.append(targets)
             owners.append(assigned.instance)
@@ -236,15 +252,18 @@ class Criterion:
         return terms, sums
 
     def _positives(self, dense: DenseOutputs, n: int, targets: Targets, instance: Tensor) -> Tensor:
-        """Indices of the positive locations of one image that get mask losses, before any limit for all images."""
+        """Indices of the positive locations of one image that get mask losses, before any limit for all images; −1
+        where a slot stays empty."""
         if not len(targets):
             return instance.new_zeros(0)
         usable = torch.where(targets.tight[instance.clamp(min=0)], instance, -1)
         if self.config.max_positives_in_all:
-            return (usable >= 0).nonzero().squeeze(1)
+            return (usable >= 0).nonzero().squeeze(1)  # as many as there are: this one way waits for the device
         # The best class, not the true one, as published.
         quality = dense.class_logits[n].float().amax(1).sigmoid() * dense.centerness[n].float().sigmoid()
-        return sample_positives(usable, quality.detach(), self.config.max_positives)
+        slots = sample_positives(usable, quality.detach(), self.config.max_positives, len(targets))
+        # On a GPU it costs less to compute for the empty slots than to wait for their number.
+        return slots[slots >= 0] if slots.device.type == "cpu" else slots
 
     def _drawn(self, chosen: list[Tensor], step: int) -> list[Tensor]:
         """At most ``max_positives_in_all`` of the locations of all images together, the same ones for the same step."""
@@ -267,17 +286,17 @@ class Criterion:
         where: Tensor,
         similarity: Tensor,
     ) -> _MaskSums:
-        """Mask losses of the locations ``where`` of one image, over the whole map as published."""
+        """Mask losses of the locations ``where`` of one image, over the whole map as published; −1 stands for none."""
         if not len(where):
             return self._nothing(dense.controllers)
-        who, stride = instance[where], self.model.loss_stride
-        scales = torch.tensor(SIZES_OF_INTEREST, device=where.device)[places.levels[where]]
+        taken, where = where >= 0, where.clamp(min=0)
+        who, stride = instance[where].clamp(min=0), self.model.loss_stride
         coarse = dynamic_masks(
             features[n : n + 1],
             [0] * len(where),
             dense.controllers[n, where],
             places.points[where],
-            scales[:, None].expand(-1, 2),
+            places.sizes[where, None].expand(-1, 2),
             head=HeadShape.of(self.model),
             stride=self.model.mask_stride,
         )
@@ -286,18 +305,19 @@ class Criterion:
         # As published a box holds every pixel that it covers in part, and a cell stands for one of them.
         covered = torch.cat([targets.boxes[:, :2].floor(), targets.boxes[:, 2:]], 1)
         windows = box_masks(covered, size, stride)[who]
-        by_mask = targets.has_mask[who]
+        masked = targets.has_mask[who]
         truth = None
-        if targets.masks is not None and bool(by_mask.any()):
+        if targets.masks is not None:
             truth = targets.masks[:, stride // 2 :: stride, stride // 2 :: stride][who]
         index = torch.full_like(where, n)
-        return self._mask_sums(logits, similarity, windows, by_mask, truth, index)
+        return self._mask_sums(logits, similarity, windows, ~masked & taken, masked & taken, truth, index)
 
     def _mask_sums(
         self,
         logits: Tensor,
         similarity: Tensor,
         windows: Tensor,
+        by_box: Tensor,
         by_mask: Tensor,
         truth: Tensor | None,
         image_index: Tensor,
@@ -309,13 +329,13 @@ class Criterion:
             logits: [P, h, w] over the whole map, or over windows of it.
             similarity: [N, K, H, W] over the whole map.
             windows: [P, h, w] the boxes.
-            by_mask: [P] which instances are trained by their mask.
+            by_box: [P] which instances are trained by their box.
+            by_mask: [P] which ones by their mask.
             truth: [P, h, w] those masks, or None when there are none.
             image_index: [P].
             corners: [P, 2] (row, column) of each window's first cell, or None for the whole map.
         """
-        config, by_box = self.config, ~by_mask
-        zero = logits.sum() * 0
+        config, zero = self.config, logits.sum() * 0
         projection = (losses.projection_terms(logits, windows) * by_box).sum()
         dice = logits.sum() * 0
         if truth is not None:
@@ -340,14 +360,18 @@ class Criterion:
 
 
 def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """True masks of the instances ``who`` (positions in the concatenated targets) in their windows → [m, h, w] bool."""
-    start = 0
-    out = torch.zeros((len(who), *size), dtype=torch.bool, device=who.device)
+    """True masks of the instances ``who`` (positions in the concatenated targets) in their windows → [m, h, w] bool.
+
+    ``who`` and ``origins`` are in host memory, and the masks come out where the targets are.
+    """
+    start, device = 0, targets[0].boxes.device
+    out = torch.zeros((len(who), *size), dtype=torch.bool, device=device)
     for t in targets:
         mine = ((who >= start) & (who < start + len(t))).nonzero().squeeze(1)
         if t.masks is not None and len(mine):
             grid = t.masks[:, stride // 2 :: stride, stride // 2 :: stride]
-            out[mine] = gather_windows(grid[:, None], who[mine] - start, origins[mine], size)[:, 0]
+            rows, index, corner = (x.to(device, non_blocking=True) for x in (mine, who[mine] - start, origins[mine]))
+            out[rows] = gather_windows(grid[:, None], index, corner, size)[:, 0]
         start += len(t)
     return out
 

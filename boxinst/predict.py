@@ -23,7 +23,7 @@ from boxinst.dynamic import (
     window_groups,
 )
 from boxinst.errors import InputError
-from boxinst.fcos import SIZES_OF_INTEREST, decode, locations
+from boxinst.fcos import decode, locations
 from boxinst.losses import color_similarity, neighbours
 from boxinst.structures import Instances
 from boxinst.transforms import contrast_stretch
@@ -98,7 +98,7 @@ def segment(
                 ]
                 for axes, (_, _, o, seen) in zip(mirrors, others, strict=True)
             ]
-            result[n] = _prompt_masks(
+            result[n] = prompt_masks(
                 model,
                 outputs.mask_features[k : k + 1],
                 outputs.prompt[start:end],
@@ -168,7 +168,7 @@ def detect(
                 max_detections=max_detections,
             )
             rows, columns = (height, width) if sizes is None else sizes[n]
-            scales = torch.tensor(SIZES_OF_INTEREST, device=found.boxes.device)[places.levels[found.location]]
+            scales = places.sizes[found.location]
             masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
             raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
             cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
@@ -252,7 +252,10 @@ def _passes(
                     given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
                     sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
                     batch = batch.to(device)
-                    yield members, batch, model(batch, given if boxes is not None else None, sizes), given
+                    # Given boxes need none of the dense head, which is about a third of the network.
+                    prompts = None if boxes is None else given
+                    outputs = model(batch, prompts, sizes, detect=prompts is None)
+                    yield members, batch, outputs, given
     finally:
         model.train(training)
 
@@ -315,20 +318,27 @@ def _box_crops(
     return crops
 
 
-def _prompt_masks(
+def prompt_masks(
     model: CondInst,
     features: Tensor,
     parameters: Tensor,
     boxes: Tensor,
     seen: Tensor,
     image: Tensor,
-    logits: bool,
-    views: Sequence[Sequence[Tensor]],
+    logits: bool = False,
+    views: Sequence[Sequence[Tensor]] = (),
 ) -> Instances:
-    """Masks of the boxes [P, 4] of one image from its mask features [1, C, h, w] and their parameters [P, K].
+    """Masks of the given boxes of one image, some at a time; the cost of each follows the area of its box.
 
-    ``seen`` is the image as the network sees it, [3, h · stride, w · stride], ``image`` as it was given; ``views`` are
-    the probabilities in each box's ``_region`` from other views of the image.
+    Args:
+        model: the network.
+        features: [1, C, h, w] mask features.
+        parameters: [P, K] of the prompt head.
+        boxes: [P, 4] xyxy pixels.
+        seen: the image as the network sees it, uint8 [3, h · stride, w · stride].
+        image: the image as it was given, [3, H, W].
+        logits: also return the mask logits.
+        views: from other views of the image, the probabilities in each box's ``_region``.
     """
     height, width = image.shape[-2:]
     similarity = color_similarity(seen[None], stride=1)[0] if len(boxes) else seen[:0].float()

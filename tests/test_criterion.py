@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses, priors
+from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
+from boxinst.fcos import locations
 from boxinst.predict import prompt_coordinates
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
@@ -228,6 +232,81 @@ def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
     assert float(terms["imitation"]) == pytest.approx(float(imitation.detach()), rel=0.2)
     alone = Criterion(CONFIG, config)(outputs, data, 100)
     assert float(alone["imitation"]) == 0
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Notes what is copied between host and device while the host waits, with the line that did it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name, devices = func.__name__, {x.device.type for x in (*args, out) if isinstance(x, Tensor)}
+        # Numbers of the program become a tensor on the device (torch.tensor and the like), or a tensor moves.
+        made = name.startswith("lift_fresh") and devices != {"cpu"}
+        moved = name.startswith(("_to_copy", "copy_")) and len(devices) > 1
+        if made or (moved and not (kwargs or {}).get("non_blocking")):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("masks", ["none", "some", "all"])
+def test_the_loss_never_waits_for_the_device(model, masks):
+    """Tensors of the meta device have no numbers: whatever must be known on the host fails there, as .item() does."""
+    crowded = targets()
+    crowded.crowd[1] = crowded.tight[2] = True
+    data = batch(targets(masks), crowded, Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+
+    def moved(x: Tensor) -> Tensor:
+        return x.detach().to("meta").requires_grad_()
+
+    dense = outputs.dense
+    tensors = {f.name: getattr(dense, f.name) for f in fields(dense)}
+    dense = replace(dense, **{name: moved(x) for name, x in tensors.items() if isinstance(x, Tensor)})
+    outputs = Outputs(moved(outputs.mask_features), dense, moved(outputs.prompt))
+    with BlockingCopies() as copies:
+        data = data.to("meta")
+        Criterion(CONFIG, LOSS)(outputs, data, 5)["loss"].backward()
+    assert copies.found == []
+    assert outputs.prompt.grad.shape == outputs.prompt.shape
+    assert dense.controllers.grad.shape == dense.controllers.shape
+
+
+def test_what_would_wait_for_the_device_is_found():
+    x = torch.zeros(3, device="meta")
+    for wait in (lambda: bool(x.any()), lambda: x[x > 0], lambda: x.cpu(), lambda: x.tolist(), lambda: x.nonzero()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+    with BlockingCopies() as copies:
+        torch.tensor([1.0], device="meta")
+        x.new_tensor([1.0])
+        torch.zeros(3).to("meta")
+        torch.zeros(3).to("meta", non_blocking=True)
+    assert len(copies.found) == 3
+
+
+def test_empty_slots_change_nothing(model):
+    """On a GPU there is a slot for every location that could be chosen; on a CPU those that are not are left out."""
+    data = batch(targets("some"))
+    out = model(data.images, None)
+    places = locations(out.dense.grids, data.images.device)
+    similarity = losses.color_similarity(data.images, data.valid, stride=2)
+    instance = torch.full((len(places.points),), -1)
+    instance[[3, 40, 41]] = torch.tensor([0, 1, 2])
+    sums = [
+        Criterion(CONFIG, LOSS)._detect_mask_sums(
+            out.mask_features, out.dense, places, 0, data.targets[0], instance, torch.tensor(where), similarity
+        )
+        for where in ([3, 40, 41], [3, 40, 41, -1, -1], [-1])
+    ]
+    for name in ("projection", "dice", "pairwise", "edges", "boxes", "masks"):
+        few, padded, none = (getattr(s, name) for s in sums)
+        torch.testing.assert_close(few, padded)
+        assert few > 0
+        assert none == 0
 
 
 def test_a_step_of_training_lowers_the_loss():
