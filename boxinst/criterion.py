@@ -129,11 +129,16 @@ class Criterion:
         """Sums → weighted means. With mixed labels every instance counts alike, whichever loss it takes."""
         counts = torch.stack([sums.edges, sums.boxes, sums.masks, sums.shared])
         edges, boxes, masks, shared = _mean_over_ranks(counts).unbind()
-        instances = (boxes + masks).clamp(min=1)
+        least = 1 / _ranks()  # one instance or edge over all ranks
+        instances = (boxes + masks).clamp(min=least)
         warmup = losses.warmup(step + 1, self.config.warmup_steps)
         terms = {
             "projection": sums.projection / instances * self.config.projection_weight,
-            "pairwise": sums.pairwise / edges.clamp(min=1) * (boxes / instances) * self.config.pairwise_weight * warmup,
+            "pairwise": sums.pairwise
+            / edges.clamp(min=least)
+            * (boxes / instances)
+            * self.config.pairwise_weight
+            * warmup,
             "dice": sums.dice / instances,
         }
         if self.config.teacher_weight:
@@ -141,7 +146,7 @@ class Criterion:
         if self.config.fill_range != ANY_FILL:
             terms["fill"] = sums.fill / instances * self.config.fill_weight
         if self.config.overlap_weight:
-            terms["overlap"] = sums.overlap / shared.clamp(min=1) * self.config.overlap_weight * warmup
+            terms["overlap"] = sums.overlap / shared.clamp(min=least) * self.config.overlap_weight * warmup
         return {prefix + name: term for name, term in terms.items()}
 
     def _prompt_sums(self, outputs: Outputs, batch: Batch, similarity: Tensor, teacher: Outputs | None) -> _MaskSums:
@@ -244,10 +249,11 @@ class Criterion:
             sums = sums + self._detect_mask_sums(features, dense, places, n, kept[n], owners[n], where, similarity)
         sizes = torch.stack([torch.stack(counts).sum(), torch.stack(weights).sum()])
         count, weight = _mean_over_ranks(sizes).unbind()
+        count = count.clamp(min=1 / _ranks())
         terms = {
-            "cls": torch.stack(focal).sum() / count.clamp(min=1),
+            "cls": torch.stack(focal).sum() / count,
             "box": torch.stack(box).sum() / weight.clamp(min=1e-6),
-            "centerness": torch.stack(center).sum() / count.clamp(min=1),
+            "centerness": torch.stack(center).sum() / count,
         }
         return terms, sums
 
@@ -378,8 +384,12 @@ def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tu
 
 def _mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of ``values`` over the ranks of distributed training: gradients are averaged, so denominators are too."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _ranks() == 1:
         return values
     values = values.detach().clone()
     dist.all_reduce(values)
-    return values / dist.get_world_size()
+    return values / _ranks()
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
