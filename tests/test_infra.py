@@ -451,7 +451,7 @@ def third_party() -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
@@ -584,7 +584,7 @@ def mlflow_server(postgres: str, s3: str, s3_address: str, tmp_path: Path) -> It
         yield address, database
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)  # the server alone may take minutes to start where many things run
 def test_mlflow_keeps_runs_in_postgresql_and_models_on_s3(
     mlflow_server: tuple[str, str], s3: str, tiny_model: str, home: Path, monkeypatch: pytest.MonkeyPatch

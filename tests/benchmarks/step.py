@@ -75,7 +75,8 @@ class PlainCriterion(Criterion):
         copies = torch.cat([similarity[n : n + 1]] * len(where))
         pairwise, edges = plain_pairwise(logits, copies, inside)
         boxes = torch.full_like(edges, len(where))
-        return _MaskSums(projection, torch.zeros_like(edges), pairwise, edges, boxes, torch.zeros_like(edges))
+        none = torch.zeros_like(edges)
+        return _MaskSums(projection, none, pairwise, edges, boxes, none, *[none] * 4)
 
 
 class Case:
