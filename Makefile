@@ -22,7 +22,7 @@ demo: setup  ## the whole path, on a drawn corpus or on CORPUS=DIR
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: setup  ## the long tests too, which start servers and environments of their own
+test-all: setup  ## the long tests too: real kills, servers and environments of their own
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: setup  ## style, format and types

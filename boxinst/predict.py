@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,31 +86,32 @@ def segment(
         )
         for axes in mirrors
     )
-    for (members, batch, outputs, given), *others in zip(_passes(model, images, boxes), *mirrored, strict=True):
-        assert outputs.prompt is not None
-        start = 0
-        for k, n in enumerate(members):
-            end = start + len(given[k])
-            height, width = images[n].shape[-2:]
-            views = [
-                [
-                    crop.flip([axis - 1 for axis in axes])
-                    for crop in _box_crops(model, o, k, start, seen[k], (height, width))
+    with _evaluating(model):
+        for (members, batch, outputs, given), *others in zip(_passes(model, images, boxes), *mirrored, strict=True):
+            assert outputs.prompt is not None
+            start = 0
+            for k, n in enumerate(members):
+                end = start + len(given[k])
+                height, width = images[n].shape[-2:]
+                views = [
+                    [
+                        crop.flip([axis - 1 for axis in axes])
+                        for crop in _box_crops(model, o, k, start, seen[k], (height, width))
+                    ]
+                    for axes, (_, _, o, seen) in zip(mirrors, others, strict=True)
                 ]
-                for axes, (_, _, o, seen) in zip(mirrors, others, strict=True)
-            ]
-            result[n] = prompt_masks(
-                model,
-                outputs.mask_features[k : k + 1],
-                outputs.prompt[start:end],
-                given[k],
-                batch[k],
-                images[n],
-                logits,
-                views,
-            )
-            result[n].boxes, result[n].labels = boxes[n].float(), labels[n]
-            start = end
+                result[n] = prompt_masks(
+                    model,
+                    outputs.mask_features[k : k + 1],
+                    outputs.prompt[start:end],
+                    given[k],
+                    batch[k],
+                    images[n],
+                    logits,
+                    views,
+                )
+                result[n].boxes, result[n].labels = boxes[n].float(), labels[n]
+                start = end
     return result  # type: ignore[return-value]
 
 
@@ -155,48 +157,49 @@ def detect(
         raise InputError("sizes", f"{len(sizes)} entries", f"There are {len(images)} images: give one entry for each.")
     result: list[Instances | None] = [None] * len(images)
     head, stride = HeadShape.of(model.config), model.config.mask_stride
-    for members, _, outputs, _ in _passes(model, images, None):
-        assert outputs.dense is not None
-        places = locations(outputs.dense.grids, outputs.mask_features.device)
-        for k, n in enumerate(members):
-            height, width = images[n].shape[-2:]
-            found = decode(
-                outputs.dense,
-                k,
-                (height, width),
-                score_threshold=score_threshold,
-                max_detections=max_detections,
-            )
-            rows, columns = (height, width) if sizes is None else sizes[n]
-            scales = places.sizes[found.location]
-            masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
-            raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
-            cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
-            at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
-            for part in torch.arange(len(found.boxes)).split(at_once):
-                where = found.location[part]
-                maps = dynamic_masks(
-                    outputs.mask_features[k : k + 1],
-                    [0] * len(part),
-                    outputs.dense.controllers[k, where],
-                    places.points[where],
-                    scales[part, None].expand(-1, 2),
-                    head=head,
-                    stride=stride,
-                ).float()
-                maps = aligned_upsample(maps, 2)
-                inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
-                masks[part] = (inside > 0.5).cpu()
-                if raw is not None:
-                    # The counter-probability on its own, since 1 − p has no digits left where p is near 1, and both in
-                    # double precision, in which a logit of −100 still has a probability.
-                    p, q = (
-                        _to_image((sign * maps.double()).sigmoid(), stride // 2, (height, width), (rows, columns))
-                        for sign in (1, -1)
-                    )
-                    raw[part] = (p.clamp(min=_LEAST).log() - q.clamp(min=_LEAST).log()).float().cpu()
-            boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
-            result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
+    with _evaluating(model):
+        for members, _, outputs, _ in _passes(model, images, None):
+            assert outputs.dense is not None
+            places = locations(outputs.dense.grids, outputs.mask_features.device)
+            for k, n in enumerate(members):
+                height, width = images[n].shape[-2:]
+                found = decode(
+                    outputs.dense,
+                    k,
+                    (height, width),
+                    score_threshold=score_threshold,
+                    max_detections=max_detections,
+                )
+                rows, columns = (height, width) if sizes is None else sizes[n]
+                scales = places.sizes[found.location]
+                masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
+                raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
+                cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
+                at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
+                for part in torch.arange(len(found.boxes)).split(at_once):
+                    where = found.location[part]
+                    maps = dynamic_masks(
+                        outputs.mask_features[k : k + 1],
+                        [0] * len(part),
+                        outputs.dense.controllers[k, where],
+                        places.points[where],
+                        scales[part, None].expand(-1, 2),
+                        head=head,
+                        stride=stride,
+                    ).float()
+                    maps = aligned_upsample(maps, 2)
+                    inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
+                    masks[part] = (inside > 0.5).cpu()
+                    if raw is not None:
+                        # The counter-probability on its own, since 1 − p has no digits left where p is near 1, and
+                        # both in double precision, in which a logit of −100 still has a probability.
+                        p, q = (
+                            _to_image((sign * maps.double()).sigmoid(), stride // 2, (height, width), (rows, columns))
+                            for sign in (1, -1)
+                        )
+                        raw[part] = (p.clamp(min=_LEAST).log() - q.clamp(min=_LEAST).log()).float().cpu()
+                boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
+                result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
     return result  # type: ignore[return-value]
 
 
@@ -223,6 +226,21 @@ def _check(images: list[Tensor], boxes: list[Tensor] | None, labels: list[Tensor
             raise InputError(f"labels[{n}]", f"{len(labels[n])} entries", f"There are {len(given)} boxes.")
 
 
+@contextmanager
+def _evaluating(model: CondInst) -> Iterator[None]:
+    """No gradients, and the network in evaluation mode; both as they were afterwards.
+
+    Around all passes and in none of them: as generators they end in another order than they began.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def _passes(
     model: CondInst, images: list[Tensor], boxes: list[Tensor] | None
 ) -> Iterator[tuple[list[int], Tensor, Outputs, list[Tensor]]]:
@@ -236,28 +254,22 @@ def _passes(
     for n, image in enumerate(images):
         height, width = image.shape[-2:]
         groups.setdefault((-(-height // 32) * 32, -(-width // 32) * 32), []).append(n)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for (height, width), all_members in groups.items():
-                for start in range(0, len(all_members), _IMAGES_AT_ONCE):
-                    members = all_members[start : start + _IMAGES_AT_ONCE]
-                    batch = torch.zeros((len(members), 3, height, width), dtype=torch.uint8)
-                    for k, n in enumerate(members):
-                        image = images[n]
-                        if model.config.contrast_stretch is not None:
-                            image = contrast_stretch(image, *model.config.contrast_stretch)
-                        batch[k, :, : image.shape[1], : image.shape[2]] = image
-                    given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
-                    sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
-                    batch = batch.to(device)
-                    # Given boxes need none of the dense head, which is about a third of the network.
-                    prompts = None if boxes is None else given
-                    outputs = model(batch, prompts, sizes, detect=prompts is None)
-                    yield members, batch, outputs, given
-    finally:
-        model.train(training)
+    for (height, width), all_members in groups.items():
+        for start in range(0, len(all_members), _IMAGES_AT_ONCE):
+            members = all_members[start : start + _IMAGES_AT_ONCE]
+            batch = torch.zeros((len(members), 3, height, width), dtype=torch.uint8)
+            for k, n in enumerate(members):
+                image = images[n]
+                if model.config.contrast_stretch is not None:
+                    image = contrast_stretch(image, *model.config.contrast_stretch)
+                batch[k, :, : image.shape[1], : image.shape[2]] = image
+            given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
+            sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
+            batch = batch.to(device)
+            # Given boxes need none of the dense head, which is about a third of the network.
+            prompts = None if boxes is None else given
+            outputs = model(batch, prompts, sizes, detect=prompts is None)
+            yield members, batch, outputs, given
 
 
 def _windows(

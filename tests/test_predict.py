@@ -103,3 +103,7 @@ def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
     inside = torch.zeros(45, 70, dtype=torch.bool)
     inside[4:40, 4:30] = True
     torch.testing.assert_close(got.mask_logits[0].sigmoid()[inside], mean[inside], rtol=1e-4, atol=1e-5)
+    assert torch.is_grad_enabled()
+    model.train()
+    segment(model, images, boxes)
+    assert model.training

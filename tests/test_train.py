@@ -193,7 +193,7 @@ def test_stopped_and_then_lost_a_run_goes_on_and_ends_where_an_unbroken_one_does
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_stay_in_step_and_end_alike_when_one_dies(config: TrainConfig, shards: dict[str, str]) -> None:
     pair = replace(config, name="pair", workers=2, steps=8, register=False)
     unbroken = run(pair)
