@@ -43,7 +43,6 @@ class Journal:
         self._names: list[str] = []
         self._figures: list[Tensor] = []  # of each step
         self._batches: list[tuple[int, Sequence[int]]] = []  # number and image ids of each step
-        self._sound = 0  # steps of these that were looked at
         self._waited, self._paused, self._since = 0.0, 0.0, time.monotonic()
 
     def state(self) -> dict[str, Any]:
@@ -69,18 +68,17 @@ class Journal:
         self._batches.append((step, image_ids))
 
     def broken_step(self) -> tuple[int, list[guards.Share]] | None:
-        """The first step since the last look whose gradient is not finite, with what each rank had in it.
+        """The first step since the last entry whose gradient is not finite, with what each rank had in it.
 
         As the gradient is shared, all ranks find the same; they must look after the same steps.
         """
-        fresh = self._figures[self._sound :]
-        values = torch.stack(fresh).cpu() if fresh else torch.zeros(0, 1)
+        values = torch.stack(self._figures).cpu()
         broken = (~values[:, -1].isfinite()).nonzero()
         if not len(broken):
-            self._sound = len(self._figures)
             return None
-        step, image_ids = self._batches[self._sound + int(broken[0])]
-        terms = dict(zip(self._names, values[int(broken[0])].tolist(), strict=True))
+        first = int(broken[0])
+        step, image_ids = self._batches[first]
+        terms = dict(zip(self._names, values[first].tolist(), strict=True))
         if self.group is None:
             return step, [guards.Share(0, image_ids, terms)]
         shares: list[Any] = [None] * self.ranks

@@ -121,6 +121,11 @@ def test_neither_noise_nor_a_fall_is_a_rise(length: int) -> None:
         assert sum(raised(noisy(trend, seed)) for seed in range(20)) == 0
 
 
+@pytest.mark.parametrize("length", [100, 400])
+def test_twice_the_usual_noise_is_rarely_a_rise(length: int) -> None:
+    assert sum(raised(noisy(np.full(length, 0.05), seed, spread=0.4)) for seed in range(40)) <= 3
+
+
 @pytest.mark.parametrize("length", [48, 200, 1000])
 def test_a_rise_is_found(length: int) -> None:
     t = np.arange(length) / length

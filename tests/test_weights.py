@@ -62,7 +62,7 @@ def test_weights_of_another_class_list_name_both_sizes_and_the_option(folder, tm
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(InputError, match=r"dense_head\.class_logits\.weight is \[3, .* the model has \[2, ") as caught:
         boxinst.load(tmp_path)
-    assert "These sizes are set by model.classes (a new classifier: `boxinst train --init MODEL" in str(caught.value)
+    assert "model.classes (a new classifier: `boxinst train --init MODEL --init-classes new`)" in caught.value.remedy
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
