@@ -6,6 +6,7 @@ Shape letters: N images, P instances, H and W pixels, h and w cells of the mask 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -354,7 +355,7 @@ def prompt_masks(
     """
     height, width = image.shape[-2:]
     similarity = color_similarity(seen[None], stride=1)[0] if len(boxes) else seen[:0].float()
-    masks = torch.zeros((len(boxes), height, width), dtype=torch.bool)
+    masks = _blank_masks(len(boxes), height, width)
     raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
     scores = torch.zeros(len(boxes))
     regions = [_region(box, (height, width)) for box in boxes.tolist()] if views else []
@@ -385,6 +386,14 @@ def prompt_masks(
     return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
 
 
+def _blank_masks(count: int, height: int, width: int) -> Tensor:
+    """[count, height, width] bool, all False. What is never written to takes neither memory nor time: the system makes
+    a page of zeros when it is touched, where torch.zeros would fill all of them at once."""
+    size = count * height * width
+    zeros = mmap.mmap(-1, max(size, 1))  # lives as long as the tensor does
+    return torch.frombuffer(zeros, dtype=torch.bool)[:size].view(count, height, width)
+
+
 def outline_contrast(
     masks: Tensor, similarity: Tensor, origins: Tensor, size: tuple[int, int], *, dilation: int = 2
 ) -> Tensor:
@@ -408,14 +417,15 @@ def outline_contrast(
     y = origins[:, 1, None] + torch.arange(rows, device=masks.device)  # [m, rows]
     x = origins[:, 0, None] + torch.arange(columns, device=masks.device)  # [m, columns]
     change, pairs = similarity.new_zeros(len(masks)), similarity.new_zeros(len(masks))
+    # Slices are copied row by row, many times as fast as cells are picked by their index.
+    windows = torch.stack([similarity[:, top : top + rows, left : left + columns] for left, top in origins.tolist()])
     around = F.pad(masks, [dilation] * 4)
     for k, (dy, dx) in enumerate(neighbours(3, dilation)):
         beside = around[:, dilation + dy : dilation + dy + rows, dilation + dx : dilation + dx + columns]
         below = (y + dy >= 0) & (y + dy < size[0])
         right = (x + dx >= 0) & (x + dx < size[1])
         edge = masks & ~beside & below[:, :, None] & right[:, None, :]
-        alike = similarity[k][y[:, :, None], x[:, None, :]]
-        change += ((1 - alike) * edge).sum((1, 2))
+        change += ((1 - windows[:, k]) * edge).sum((1, 2))
         pairs += edge.sum((1, 2))
     return torch.where(pairs > 0, change / pairs.clamp(min=1), 1.0)
 

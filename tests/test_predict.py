@@ -1,4 +1,4 @@
-"""boxinst.predict: the score of a mask, judged by the colours on both sides of its outline."""
+"""boxinst.predict: many boxes at once, mirrored views, and the score of a mask by the colours beside its outline."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from boxinst import predict
 from boxinst.condinst import CondInst
 from boxinst.config import ModelConfig
 from boxinst.losses import color_similarity
 from boxinst.predict import MIRRORS, mirror_boxes, outline_contrast, segment
 
+SLIM = {"backbone": "resnet18", "width": 8, "fpn_channels": 16, "mask_branch_channels": 8, "mask_branch_layers": 1}
 WHOLE = torch.zeros(1, 2, dtype=torch.long)
 
 
@@ -72,8 +74,7 @@ def test_an_outline_on_the_objects_border_scores_best() -> None:
 @pytest.mark.parametrize("axes", [(2,), (1,), (1, 2)])
 def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    tiny = {"backbone": "resnet18", "width": 8, "fpn_channels": 16, "mask_branch_channels": 8, "mask_branch_layers": 1}
-    model = CondInst(ModelConfig(classes=("a",), detect=False, mask_stride=4, views=4, **tiny)).eval()
+    model = CondInst(ModelConfig(classes=("a",), detect=False, mask_stride=4, views=4, **SLIM)).eval()
     images = [
         torch.randint(0, 256, (3, 45, 70), dtype=torch.uint8),
         torch.randint(0, 256, (3, 33, 51), dtype=torch.uint8),
@@ -107,3 +108,46 @@ def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
     model.train()
     segment(model, images, boxes)
     assert model.training
+
+
+@pytest.fixture(scope="module")
+def model() -> CondInst:
+    torch.manual_seed(0)
+    return CondInst(ModelConfig(mask_stride=4, detect=False, **SLIM)).eval()
+
+
+def many_boxes(count: int) -> Tensor:
+    """Of many sizes, anywhere in an image of 96×128 pixels."""
+    g = torch.Generator().manual_seed(0)
+    sides = torch.rand(count, 2, generator=g) ** 3 * 60 + 2
+    corner = torch.rand(count, 2, generator=g) * (torch.tensor([128, 96]) - sides)
+    return torch.cat([corner, corner + sides], 1)
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 32 * 32])
+def test_boxes_some_at_a_time_give_what_all_at_once_give(
+    model: CondInst, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = many_boxes(40)
+    (all_at_once,) = model.segment([image], [boxes], logits=True)
+    monkeypatch.setattr(predict, "_CELLS_AT_ONCE", at_once)
+    (some,) = model.segment([image], [boxes], logits=True)
+    torch.testing.assert_close(some.mask_logits, all_at_once.mask_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some.scores, all_at_once.scores, rtol=1e-4, atol=1e-5)
+    for mask, (x0, y0, x1, y1) in zip(some.masks, boxes.tolist(), strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert y0 - 1 <= int(rows[0]) <= int(rows[-1]) <= y1
+        assert x0 - 1 <= int(columns[0]) <= int(columns[-1]) <= x1
+
+
+def test_given_boxes_leave_the_dense_head_out() -> None:
+    both = CondInst(ModelConfig(classes=("a",), mask_stride=4, dense_layers=1, **SLIM)).eval()
+    seen: list[object] = []
+    assert both.dense_head is not None
+    both.dense_head.register_forward_hook(lambda *_: seen.append(1))
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    both.segment([image], [many_boxes(2).clamp(max=60)])
+    assert not seen
+    both.detect([image])
+    assert seen
