@@ -12,9 +12,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import reduce
+from pathlib import Path
 
-from jobs import cli, options
+from jobs import cli, options, plan
 from pipelines.config import FOLLOWING, TrainConfig, linear_rule
+from pipelines.forecast import Outcome
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
         made = f"a checkpoint at step {result.steps:,} of {config.name}"
         cli.close(made, result.model, then=shlex.join(["boxinst", "train", *argv]))
         return 0
+    if result.status == "finished" and not result.resumed_from:
+        kept = sum(file.stat().st_size for file in Path(result.model).parent.glob("checkpoint_*/*"))
+        plan.compare("train", config, Outcome(result.seconds, kept))
     model = result.version or result.model
     then = f"boxinst segment --model {model} --shards {config.shards}"
     cli.close(f"the model {model} in {result.steps:,} steps", result.model, then=then)

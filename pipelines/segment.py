@@ -14,7 +14,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, maskrows, registry, storage
+from pipelines import cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
 from pipelines.segmenter import Segmenter
@@ -103,6 +103,7 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
                 ),
                 "resolution": Resolution(config.short_side, config.max_side),
                 "exif": shards.exif,
+                "count": functools.partial(observe.count, "segment"),
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
@@ -111,7 +112,10 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
             num_gpus=int(config.gpu),
         )
         fs, path = storage.fs_path(storage.join(config.output, maskrows.PARTS))
-        masks.write_parquet(path, filesystem=fs)
+        written = storage.join(config.output, maskrows.DONE)  # a file for every block of images
+        blocks = -(-shards.counts["images"] // config.checkpoint_images)
+        with observe.progress("segment", lambda: len(storage.list_files(written)), blocks, "blocks"):
+            masks.write_parquet(path, filesystem=fs)
     finally:
         context.checkpoint_config = None
 

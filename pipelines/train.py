@@ -71,8 +71,8 @@ def run(config: TrainConfig) -> TrainResult:
             GPUs; the loss became infinite.
     """
     started = time.monotonic()
-    index, val = _open_shards(config)
-    config, init = _complete(config, index)
+    index, val = open_shards(config)
+    config, init = complete(config, index)
     folder = settings.home() / "runs" / config.name
     previous = _check_resumable(folder, config, index.manifest.hash)
     if (folder / RESULT).is_file():
@@ -81,6 +81,7 @@ def run(config: TrainConfig) -> TrainResult:
     cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)
+    print(f"MLflow run: {tracker.address}", file=sys.stderr)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
     control = ray.remote(num_cpus=0)(Control).remote()
@@ -101,7 +102,7 @@ def run(config: TrainConfig) -> TrainResult:
 # What is checked before any work.
 
 
-def _open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+def open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """Training shards with boxes, and validation shards of the same classes."""
     index = ShardIndex.open(config.shards)
     if not len(index) or not index.manifest.counts.get("boxes"):
@@ -118,7 +119,7 @@ def _open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     return index, val
 
 
-def _complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict[str, bytes] | None]:
+def complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict[str, bytes] | None]:
     """The config with all that follows from the shards and the initial model, and that model, packed."""
     categories = index.manifest.categories
     names = tuple(c.name for c in categories)
@@ -320,10 +321,13 @@ def _show(bar: tqdm[Any], shown: tuple[int, dict[str, float]] | None) -> None:
     if not bar.n:  # so that the time left is not computed from steps of an earlier command
         bar.initial = step
     bar.n = step
+    gpu: Any = {"gpu_gb": f"{values['gpu_memory']:.1f}"} if "gpu_memory" in values else {}
     bar.set_postfix(
         loss=f"{values['loss']:.3f}",
         lr=f"{values['learning_rate']:.1e}",
         images_per_s=f"{values['images_per_second']:.1f}",
+        data_wait=f"{values['data_wait']:.0%}",
+        **gpu,
     )
 
 

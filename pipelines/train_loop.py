@@ -26,7 +26,7 @@ from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch
 from boxinst.weights import with_classes
-from pipelines import checkpoint, inference, tracking
+from pipelines import checkpoint, inference, observe, tracking
 from pipelines.augmentation import batch_from_table
 from pipelines.config import TrainConfig
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
@@ -100,7 +100,7 @@ def _train(job: Job) -> None:
         ray.get(job.control.resume_at.remote(learner.step))
     journal, signal = Journal(job, rank, ranks), StopSignal(job, rank, cpu_group)
 
-    batches = _batches(config, ranks, device)
+    batches = observe.steps(_batches(config, ranks, device))
     for _ in range(learner.step, config.steps):
         with journal.waiting():
             batch = next(batches)
@@ -339,6 +339,7 @@ class Journal:
             "learning_rate": learning_rate,
             "images_per_second": self._images * self.ranks / seconds,
             "data_wait": self._waited / seconds,
+            **observe.gpu_memory(),
         }
         if self.run is not None:
             self.run.metrics({f"train/{name}": value for name, value in values.items()}, step)

@@ -1,22 +1,32 @@
-"""Commands on a Ray cluster: a real head node on this machine, its log and its exit status at the client."""
+"""Commands on a Ray cluster: a real head node on this machine; logs, statuses and secrets on their way."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from boxinst.errors import InputError
 from jobs import cli, submit
+from pipelines import launch, remote_jobs, secrets
+from pipelines.launch import SubmitConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,18 +74,161 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         subprocess.run(["rm", "-rf", str(folder)])
 
 
+def submitted(address: str, code: str, **options: object) -> str:
+    """Starts a Python script on the cluster as ``boxinst submit`` starts a command; returns the job's id."""
+    config = SubmitConfig(address=address, **options)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as private:
+        package = secrets.pack(launch.secret_values(config), Path(private)) if config.secret else None
+        environment = launch.runtime_env(config, package)
+        client = remote_jobs.connect(address)
+        return client.submit_job(entrypoint=shlex.join(["python", "-c", code]), runtime_env=environment)
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+
+
 @pytest.mark.slow
-def test_a_job_returns_its_log_and_its_status(head: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_copy_ships_itself_and_returns_log_and_status(head: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = head
-    words = ["submit", "--address", address, "--working-dir", str(ROOT), "--"]
-    status = cli.main([*words, "shard", "--annotations", "/nowhere/a b.json", "--images", "/nowhere", "--out", "x"])
+    site = tmp_path / "site-packages"  # no source tree, no repository: as a wheel is installed
+    for name in launch.PACKAGES:
+        shutil.copytree(ROOT / name, site / name)
+    (site / "jobs" / "__init__.py").write_text('"""Says which copy runs."""\nprint("from the copy", flush=True)\n')
+    words = ["shard", "--annotations", "/nowhere/a b.json", "--images", "/nowhere", "--out", "x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "submit", "--address", address, "--secret", "THE_SECRET", "--", *words],
+        env=os.environ | {"PYTHONPATH": str(site), "THE_SECRET": "hunter2hunter2"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "/nowhere/a b.json" in done.stdout, "the words must arrive unbroken, and the job's log here"
+    assert done.returncode == 2, "bad input in the job is bad input here"
+    assert done.stdout.count("from the copy") == 2, "once here, once in the job"
+    shipped = [p for p in folder.glob("session_2*/runtime_resources/py_modules_files/*/*") if p.is_dir()]
+    assert {p.name for p in shipped} == {*launch.PACKAGES, "boxinst_secrets"}
+    assert not [p for p in folder.glob("session_2*/runtime_resources/**/*") if p.name in {".git", ".venv", "tests"}]
+    assert files_with("hunter2hunter2", folder) == [], "the command has ended, so its secrets are removed"
+
+
+@pytest.mark.slow
+def test_a_secret_reaches_driver_and_workers_and_no_record(
+    head: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, folder = head
+    secret = "correct horse battery staple"
+    monkeypatch.setenv("THE_SECRET", secret)
+    code = """
+import hashlib, os, ray
+from pipelines import cluster
+def digest():
+    return hashlib.sha256(os.environ["THE_SECRET"].encode()).hexdigest()
+cluster.start()
+print("driver", digest())
+print("worker", ray.get(ray.remote(digest).remote()))
+cluster.remove_secrets()
+"""
+    job = submitted(address, code, secret=("THE_SECRET",))
+    client = remote_jobs.connect(address)
+    assert remote_jobs.follow(client, job).status == "SUCCEEDED"
     shown = capfd.readouterr().out
-    assert "/nowhere/a b.json" in shown, "the words must arrive unbroken, and the job's log here"
-    assert status == 2, "bad input in the job is bad input here"
-    (shipped,) = (p for p in folder.glob("session_2*/runtime_resources/working_dir_files/*") if p.is_dir())
-    names = {p.name for p in shipped.iterdir()}
-    assert {"jobs", "pipelines", "boxinst"} <= names
-    assert not {".git", ".venv", "boxinst-home", ".mypy_cache", ".ruff_cache", ".pytest_cache"} & names
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert f"driver {digest}" in shown
+    assert f"worker {digest}" in shown
+    records = repr(client.list_jobs()) + repr(client.get_job_info(job)) + client.get_job_logs(job)
+    assert "THE_SECRET" in records, "its name may be seen"
+    assert secret not in records
+    assert files_with(secret, folder) == [], "neither in Ray's logs, nor left behind"
+
+
+@pytest.mark.slow
+def test_a_broken_connection_is_made_anew_and_ctrl_c_leaves_the_job_running(
+    head: tuple[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = head
+    code = """
+import time
+try:
+    for number in range(10000):
+        print(f"line {number}.")
+        time.sleep(0.2)
+except KeyboardInterrupt:
+    print("asked to stop")
+"""
+    job = submitted(address, code)
+    with cut_now_and_then(address) as through:
+        threading.Timer(20, os.kill, (os.getpid(), signal.SIGINT)).start()
+        assert cli.main(["submit", "logs", job, "--address", through]) == 130
+    shown = capfd.readouterr()
+    numbers = [int(n) for n in re.findall(r"line (\d+)\.", shown.out)]
+    assert numbers == list(range(len(numbers))), "each line once"
+    assert len(numbers) > 20
+    assert "trying again" in shown.err
+    assert f"boxinst submit status|logs|stop {job}" in shown.err
+
+    assert cli.main(["submit", "status", "--address", address]) == 0
+    assert re.search(rf"{job}  running", capfd.readouterr().out)
+    assert cli.main(["submit", "stop", job, "--address", address]) == 0
+    assert f"{job}  stopped" in capfd.readouterr().out
+    assert cli.main(["submit", "logs", job, "--address", address]) == 130
+    assert "asked to stop" in capfd.readouterr().out, "it is asked as Ctrl-C asks"
+    assert cli.main(["submit", "status", "nobody", "--address", address]) == 2
+    assert "the cluster knows no such job" in capfd.readouterr().err
+
+
+@contextmanager
+def cut_now_and_then(address: str) -> Iterator[str]:
+    """The same dashboard behind a proxy, which drops every connection after four seconds."""
+    port = int(address.rsplit(":", 1)[1])
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def drop(*ends: socket.socket) -> None:
+        for end in ends:
+            with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, do not end
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                there = socket.create_connection(("127.0.0.1", port))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+                threading.Timer(4, drop, (here, there)).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_is_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2hunter2@mlflow")
+    for env in (("AWS_SECRET_ACCESS_KEY=x",), ("AWS_SECRET_ACCESS_KEY",), ("MLFLOW_TRACKING_URI",), ("A_TOKEN=1",)):
+        with pytest.raises(InputError, match=f"--env: {env[0].partition('=')[0]} holds a secret.*--secret"):
+            SubmitConfig(address="http://head", env=env)
+    for name, remedy in (("NOBODY", "is not set"), ("THE_SECRET=hunter2hunter2", "seen and remembered")):
+        with pytest.raises(InputError, match=remedy) as refused:
+            SubmitConfig(address="http://head", secret=(name,), env=())
+        assert "hunter2hunter2" not in str(refused.value)
+    config = SubmitConfig(address="http://head", secret=("MLFLOW_TRACKING_URI",))
+    package = secrets.pack(launch.secret_values(config), tmp_path)
+    assert "hunter2hunter2" not in repr(launch.runtime_env(config, package))
+    (file,) = package.iterdir()
+    assert "hunter2hunter2" in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    (tmp_path / "again").mkdir()
+    (another,) = secrets.pack(launch.secret_values(config), tmp_path / "again").iterdir()
+    assert another.read_text() != file.read_text(), "no job removes what another one needs"
 
 
 def test_no_cluster_at_the_address() -> None:
