@@ -14,14 +14,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from boxinst.errors import InputError
 from jobs import cli, options
 from pipelines.launch import JobConfig, SubmitConfig
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +55,7 @@ def ask(verb: str, argv: list[str]) -> int:
     return 0
 
 
-def follow(client: JobSubmissionClient, job: str) -> int:
+def follow(client: Any, job: str) -> int:
     """Print the job's log to its end; returns its exit status."""
     from pipelines import remote_jobs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import shlex
 import sys
 import tempfile
@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import aiohttp
+from ray._private.authentication import authentication_token_setup
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -37,8 +38,9 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         InputError: no cluster answers there, or it refuses us.
     """
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # a client sends its token only when told to
+    # A client sends its token, RAY_AUTH_TOKEN or the one in ~/.ray, only when told to; then it says so at length.
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, AuthenticationError) as error:
