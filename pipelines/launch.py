@@ -34,8 +34,8 @@ class SubmitConfig:
     address: str = field(default_factory=lambda: os.environ.get(ADDRESS, ""))
     """The dashboard of the cluster's head node, http://HOST:8265; else RAY_API_SERVER_ADDRESS says it."""
     working_dir: str = ""
-    """Folder to ship beside the code of this program, for the command to run in: for a recipe of yours, say. Not for
-    data: give paths that every node can read."""
+    """Folder to ship beside the code of this program, for the command to run in: for a recipe of yours, or a source
+    tree of this program, which is then used. Not for data: give paths that every node can read."""
     env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster shows
     and logs them."""
@@ -97,14 +97,15 @@ def variables(config: SubmitConfig) -> dict[str, str]:
 def runtime_env(config: SubmitConfig, package: Path | None) -> dict[str, Any]:
     """Ray's description of what the job needs.
 
-    The code is that of this very program, from wherever it is installed.
+    The code is that of this very program, from wherever it is installed, unless the working folder has its own.
 
     Args:
         config: what was asked for.
         package: what ``secrets.pack`` made, where there are secrets.
     """
     root = Path(__file__).parent.parent
-    modules = [str(root / name) for name in PACKAGES]
+    own = config.working_dir and all((Path(config.working_dir) / name).is_dir() for name in PACKAGES)
+    modules = [] if own else [str(root / name) for name in PACKAGES]
     # So that `stop` is what Ctrl-C is: training ends after its step, with a checkpoint.
     env = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables(config)}
     wanted: dict[str, Any] = {"py_modules": modules, "excludes": JUNK, "env_vars": env}

@@ -230,6 +230,16 @@ def test_what_is_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert another.read_text() != file.read_text(), "no job removes what another one needs"
 
 
+def test_the_code_shipped_is_this_program_or_the_working_folder(tmp_path: Path) -> None:
+    def modules(folder: Path | str) -> list[str]:
+        config = SubmitConfig(address="http://head", working_dir=str(folder), env=())
+        return [Path(p).name for p in launch.runtime_env(config, None)["py_modules"]]
+
+    assert modules("") == modules(tmp_path) == list(launch.PACKAGES)
+    assert modules(ROOT) == [], "it has them"
+    assert "working_dir" not in launch.runtime_env(SubmitConfig(address="http://head", env=()), None)
+
+
 def test_no_cluster_at_the_address() -> None:
     with pytest.raises(InputError) as error:
         submit.main(["--address", f"http://127.0.0.1:{free_port()}", "--", "train", "--help"])
