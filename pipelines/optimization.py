@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +17,18 @@ from pipelines.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; vectors (biases, normalisation) do not decay."""
+    """AdamW or SGD; vectors (biases, normalisation) do not decay.
+
+    Fused: one kernel for all weights, which can be told on the device to leave a step out (``learner.take_step``).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
@@ -54,6 +60,13 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     return average
+
+
+def make_autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A fresh context of the run's arithmetic at each call."""
+    if config.precision == "bf16" or (config.precision == "auto" and bf16_pays(device)):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
 
 
 def bf16_pays(device: torch.device) -> bool:

@@ -22,10 +22,10 @@ from pipelines import checkpoint, inference
 from pipelines.augmentation import augment_table, batch_from_table
 from pipelines.config import Resolution, TrainConfig
 from pipelines.feed import EPOCH, STREAM_SCHEMA, ShardIndex
-from pipelines.optimization import make_average, make_optimizer, make_schedule
+from pipelines.learner import Learner, take_step
+from pipelines.optimization import make_autocast, make_average, make_optimizer, make_schedule
 from pipelines.samples import sample_from_row
 from pipelines.segmenter import Segmenter
-from pipelines.train_loop import Learner, _autocast, _step
 from pipelines.validation import Validation
 
 MOST_GROUPS = 4
@@ -169,7 +169,7 @@ def training(
     model = model.to(device)
     optimizer = make_optimizer(model.train(), config)
     learner = Learner(model, make_average(model, config.ema_decay), optimizer, make_schedule(optimizer, config))
-    criterion, autocast = Criterion(config.model, config.loss), _autocast(config, device)
+    criterion, autocast = Criterion(config.model, config.loss), make_autocast(config, device)
     ready = time.time()
 
     began = time.monotonic()
@@ -189,7 +189,7 @@ def training(
     batches = [batch_from_table(enough.slice(k, share)) for k in range(0, len(enough) - share + 1, share)]
 
     def step(k: int) -> None:
-        _step(learner, criterion, batches[k % len(batches)].to(device), config, autocast)
+        take_step(learner, criterion, batches[k % len(batches)].to(device), config, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
