@@ -39,7 +39,7 @@ def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
     registry.check_classes(model.classes, index.manifest.categories, model=config.model, shards=config.shards)
-    reading = trial.read(index, options.images, SEGMENT_COLUMNS, ahead=True)
+    reading = trial.read(index, options.images, SEGMENT_COLUMNS)
     began = time.time()
     cpus = _start(config.gpu, 1)
     load = functools.partial(
@@ -94,7 +94,7 @@ def training(
     Raises:
         InputError: the cluster has no CPU or GPU for one worker.
     """
-    reading = trial.read(index, options.images, SHARD_SCHEMA.names, ahead=False)
+    reading = trial.read(index, options.images, SHARD_SCHEMA.names)
     began = time.time()
     worker_cpus = max(config.cpus_per_worker, 1)
     cpus = _start(config.gpu, worker_cpus)

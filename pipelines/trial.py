@@ -51,14 +51,13 @@ class Reading:
     """Of a row group."""
 
 
-def read(index: ShardIndex, count: int, columns: Sequence[str], *, ahead: bool) -> Reading:
+def read(index: ShardIndex, count: int, columns: Sequence[str]) -> Reading:
     """Read about ``count`` rows, spread over the shards, and count the requests that a store would get.
 
     Args:
         index: of the shards.
         count: of rows.
         columns: that the stage reads.
-        ahead: whether it reads neighbouring columns in one request.
     """
     chosen = np.unique(np.linspace(0, len(index.groups) - 1, min(MOST_GROUPS, len(index.groups))).astype(int))
     tables, opening, reads, size, rows, seconds = [], 0, 0, 0, 0, 0.0
@@ -67,7 +66,7 @@ def read(index: ShardIndex, count: int, columns: Sequence[str], *, ahead: bool) 
         began = time.monotonic()
         with index.fs.open_input_file(path) as plain:
             counted = _Counted(plain)
-            file = pq.ParquetFile(pa.PythonFile(counted, mode="r"), pre_buffer=ahead)
+            file = pq.ParquetFile(pa.PythonFile(counted, mode="r"))
             opening += 1 + counted.reads
             before = counted.reads, counted.bytes
             table = file.read_row_group(number, columns=list(columns))

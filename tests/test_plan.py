@@ -102,18 +102,16 @@ def test_the_comparison_gives_ratios() -> None:
 
 def test_a_sample_is_read_as_the_store_would_be_asked(shards: dict[str, str]) -> None:
     index = ShardIndex.open(shards["train"])
-    reading = trial.read(index, 5, SHARD_SCHEMA.names, ahead=False)
+    reading = trial.read(index, 5, SHARD_SCHEMA.names)
     about = pq.ParquetFile(index.groups[0][0]).metadata
     group = about.row_group(0)
     columns = [group.column(k) for k in range(group.num_columns)]
     assert reading.table.num_rows == 5
     assert reading.table.schema.names == SHARD_SCHEMA.names
     assert reading.group_bytes == pytest.approx(sum(c.total_compressed_size for c in columns), rel=0.01)
-    assert reading.group == len(columns), "one request for each column"
+    assert reading.group == 1, "columns that lie beside each other are read together"
     assert reading.opening == 2, "its size, and its directory"
-    ahead = trial.read(index, 5, [n for n in SHARD_SCHEMA.names if n != "masks"], ahead=True)
-    assert ahead.group < reading.group
-    assert ahead.group_bytes < reading.group_bytes
+    assert trial.read(index, 5, ["boxes"]).group_bytes < reading.group_bytes / 2
 
 
 def test_a_store_gets_the_requests_that_are_counted(
@@ -124,7 +122,7 @@ def test_a_store_gets_the_requests_that_are_counted(
     for file in Path(shards["train"]).iterdir():
         storage.write_bytes(f"{s3}/shards/{file.name}", file.read_bytes())
     index = ShardIndex.open(f"{s3}/shards")
-    reading = trial.read(index, 5, SHARD_SCHEMA.names, ahead=False)
+    reading = trial.read(index, 5, SHARD_SCHEMA.names)
     monkeypatch.setattr(recorder, "_location", str(tmp_path / "requests"))
     recorder.start_recording()
     index.read(np.arange(4))  # as a training does, within one row group
@@ -174,7 +172,7 @@ def test_a_training_is_planned(shards: dict[str, str], home: Path, capsys: pytes
     counts = storage.read_manifest(shards["train"]).counts
     assert shown["images"] == f"60 with {counts['boxes'] * 5} boxes"
     assert shown["storage of checkpoints"].split("(")[1].startswith("2 ×"), "two are kept"
-    assert shown["store requests"].startswith("80,"), "2 to open, 14 columns: once in each of 5 epochs"
+    assert shown["store requests"].startswith("15,"), "2 to open, 1 for the columns: once in each of 5 epochs"
     (kept,) = (home / "plans").iterdir()
     planned = json.loads(kept.read_text())
     assert planned["work"]["validation_images"] == 4 * 2, "after steps 10 and 15"
