@@ -1,11 +1,11 @@
 """Say what a train or segment command will take, before it is run: hours, memory, storage, requests, money.
 
-  boxinst plan -- segment --model models:/cells/1 --shards s3://bucket/shards/train --workers 8
-  boxinst plan --price 2.5 -- train --recipe coco_r50_1x --shards s3://bucket/shards/train --name coco --gpu
+  boxinst plan segment --model models:/cells/1 --shards s3://bucket/shards/train --workers 8
+  boxinst plan --price 2.5 train --recipe coco_r50_1x --shards s3://bucket/shards/train --name coco --gpu
 
-After -- stands the command, with its options as they will be given. A few images are read and tried in one worker,
-which takes a minute; nothing is written but the plan. When the command has run, it shows its figures beside the
-planned ones. To try on the machines of a cluster: boxinst submit --address http://HOST:8265 -- plan -- segment ...
+The options of the plan come first, then the command with its options as they will be given. A few images are read and
+tried in one worker, which takes a minute; nothing is written but the plan. When the command has run, it shows its
+figures beside the planned ones. To try on the machines of a cluster: boxinst submit ... -- plan segment ...
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pipelines.forecast import Forecast, Outcome, PlanConfig
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plan the command after ``--``."""
-    split = list(argv).index("--") if "--" in argv else len(argv)
-    wanted, words = options.parse(PlanConfig, argv[:split], command="plan", about=__doc__), argv[split + 1 :]
+    """Plan the command among ``argv``."""
+    split = next((k for k, word in enumerate(argv) if word in cli.COMMANDS), len(argv))
+    before = [word for word in argv[:split] if word != "--"]  # as submit wants it, and nobody else
+    wanted, words = options.parse(PlanConfig, before, command="plan", about=__doc__), argv[split:]
     if not words or words[0] not in ("train", "segment"):
-        raise InputError("the command after --", shlex.join(words) or "missing", "Give train or segment, with options.")
+        remedy = "Give train or segment, with its options, such as: boxinst plan --price 2 segment --model ..."
+        raise InputError("the command to plan", words[0] if words else "missing", remedy)
     config, planned = (segmenting if words[0] == "segment" else training)(words[1:], wanted)
     print(forecast.table(planned.rows()))
     cli.close("a plan", str(planned.keep(config)), then=shlex.join(["boxinst", *words]))

@@ -128,6 +128,16 @@ def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
         raise InputError("--workers", f"{need}; the cluster has {have_cpus:g} CPU, {have_gpus:g} GPU", remedy)
 
 
+def data_workers(asked: int, *, gpu: bool) -> int | None:
+    """How many processes may decode for a training at once, see ``TrainConfig.data_workers``; None for no limit.
+
+    Each costs seconds to start, and memory.
+    """
+    if asked:
+        return asked
+    return None if gpu or elsewhere() else max(1, (os.cpu_count() or 1) // 4)
+
+
 def remove_secrets() -> None:
     """At the end of a job that was submitted with secrets: remove their file from every node."""
     secrets.remove()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +18,8 @@ from pipelines.config import Resolution, SegmentConfig, TrainConfig
 from pipelines.feed import ShardIndex, epoch_order
 from pipelines.forecast import Forecast, PlanConfig, Trial, Work
 from pipelines.schema import SHARD_SCHEMA
+from pipelines.segmenter import COLUMNS
 from pipelines.trial import Reading
-
-SEGMENT_COLUMNS = [name for name in SHARD_SCHEMA.names if name != "masks"]
-"""What ``boxinst segment`` reads."""
 
 WRITES = 3
 """Requests to write an object: begin, one part, complete."""
@@ -39,7 +36,7 @@ def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
     registry.check_classes(model.classes, index.manifest.categories, model=config.model, shards=config.shards)
-    reading = trial.read(index, options.images, SEGMENT_COLUMNS)
+    reading = trial.read(index, options.images, COLUMNS)
     began = time.time()
     cpus = _start(config.gpu, 1)
     load = functools.partial(
@@ -122,7 +119,7 @@ def training(
         boxes=round(images * index.manifest.counts["boxes"] / len(index)),
         workers=config.workers,
         threads=int(tried["threads"]),
-        data_processes=config.data_workers or (max(1, (os.cpu_count() or 1) // 4) if shares else free),
+        data_processes=cluster.data_workers(config.data_workers, gpu=config.gpu) or free,
         decodes_in_worker=False,
         shares_cores=shares,
         requests=round(opened * (reading.opening + reading.group)),

@@ -17,9 +17,7 @@ from boxinst.errors import InputError
 from pipelines import cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
-from pipelines.segmenter import Segmenter
-
-_COLUMNS = ["image_id", "file_name", "image", "width", "height", "annotation_ids", "boxes", "labels", "crowd"]
+from pipelines.segmenter import COLUMNS, Segmenter
 
 
 def run(config: SegmentConfig) -> Manifest:
@@ -90,7 +88,7 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
     try:
         rows = ray.data.read_parquet(
             storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
-        ).select_columns(_COLUMNS)
+        ).select_columns(COLUMNS)
         # A part is written when a worker has done its block, so the blocks set how much a killed run repeats.
         masks = rows.repartition(target_num_rows_per_block=config.checkpoint_images).map_batches(
             Segmenter,
@@ -113,8 +111,9 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
         )
         fs, path = storage.fs_path(storage.join(config.output, maskrows.PARTS))
         written = storage.join(config.output, maskrows.DONE)  # a file for every block of images
-        blocks = -(-shards.counts["images"] // config.checkpoint_images)
-        with observe.progress("segment", lambda: len(storage.list_files(written)), blocks, "blocks"):
+        with observe.progress(
+            "segment", lambda: len(storage.list_files(written)) * config.checkpoint_images, shards.counts["images"]
+        ):
             masks.write_parquet(path, filesystem=fs)
     finally:
         context.checkpoint_config = None

@@ -19,6 +19,10 @@ from pipelines import inference, maskrows
 from pipelines.config import Resolution
 from pipelines.maskrows import BoxMask
 from pipelines.samples import sample_from_row
+from pipelines.schema import SHARD_SCHEMA
+
+COLUMNS = [name for name in SHARD_SCHEMA.names if name != "masks"]
+"""What it needs of a shard row."""
 
 
 class Segmenter:

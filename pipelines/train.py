@@ -269,7 +269,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     )
     # Plain numbers: a task that held the config would import all that it is made of.
     batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
-    end, data_workers = config.steps * batch_size, _data_workers(config)
+    end, data_workers = config.steps * batch_size, cluster.data_workers(config.data_workers, gpu=config.gpu)
 
     def read(number: pa.Table) -> pa.Table:
         first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
@@ -296,13 +296,6 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         )
 
     return make
-
-
-def _data_workers(config: TrainConfig) -> int | None:
-    """See ``TrainConfig.data_workers``; None for no limit. Each costs seconds to start, and memory."""
-    if config.data_workers:
-        return config.data_workers
-    return None if config.gpu or cluster.elsewhere() else max(1, (os.cpu_count() or 1) // 4)
 
 
 def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:

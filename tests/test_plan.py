@@ -139,7 +139,7 @@ def test_a_segmentation_is_planned_run_and_compared(
     shards: dict[str, str], tiny_model: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["segment", "--model", tiny_model, "--shards", shards["train"], "--out", str(tmp_path / "masks")]
-    assert cli.main(["plan", "--images", "4", "--seconds", "0", "--price", "2", "--", *words]) == 0
+    assert cli.main(["plan", "--images", "4", "--seconds", "0", "--price", "2", *words]) == 0
     shown = rows(capsys.readouterr().out)
     counts = storage.read_manifest(shards["train"]).counts
     assert shown["images"] == f"12 with {counts['boxes']} boxes"
@@ -167,7 +167,7 @@ TRAIN += " --batch-size 4 --cpus-per-worker 1 --data-workers 1"
 def test_a_training_is_planned(shards: dict[str, str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--shards", shards["train"], "--val", shards["val"], "--epochs", "5", *TRAIN.split()]
     words += ["--eval-every", "10", "--checkpoint-every", "4", "--name", "planned"]
-    assert cli.main(["plan", "--images", "4", "--seconds", "0", "--", *words]) == 0
+    assert cli.main(["plan", "--images", "4", "--seconds", "0", *words]) == 0
     shown = rows(capsys.readouterr().out)
     counts = storage.read_manifest(shards["train"]).counts
     assert shown["images"] == f"60 with {counts['boxes'] * 5} boxes"
@@ -195,7 +195,7 @@ def test_a_training_shows_what_came_of_its_plan(
         "--name",
         "planned",
     ]
-    cli.main(["plan", "--images", "4", "--seconds", "0", "--", *words])
+    cli.main(["plan", "--images", "4", "--seconds", "0", *words])
     assert cli.main(words) == 0
     came_to = capsys.readouterr()
     assert "Planned, and what came of it" in came_to.out
@@ -206,10 +206,10 @@ def test_a_training_shows_what_came_of_its_plan(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "the command after --: missing"),
-        (["--", "shard"], "the command after --: shard. Give train or segment"),
-        (["--images", "1", "--", "segment"], "--images: 1. Give 2 or more"),
-        (["--", "segment", "--model", "nowhere", "--shards", "/nowhere"], "/nowhere does not exist"),
+        ([], "the command to plan: missing"),
+        (["shard"], "the command to plan: shard. Give train or segment"),
+        (["--images", "1", "segment"], "--images: 1. Give 2 or more"),
+        (["segment", "--model", "nowhere", "--shards", "/nowhere"], "/nowhere does not exist"),
         (["--", "train", "--shards", "/nowhere", "--steps", "1"], "/nowhere does not exist"),
     ],
 )
