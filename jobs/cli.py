@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"boxinst: no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    with_secrets = bool(os.environ.get(secrets.NAMES))
     try:
+        if with_secrets:
+            secrets.load()
         return importlib.import_module(module(name)).main(rest)
     except InputError as error:
         print(f"boxinst {name}: {error}", file=sys.stderr)
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"boxinst {name}: interrupted. What was finished is kept; the same command goes on.", file=sys.stderr)
         return 130
     finally:
-        if os.environ.get(secrets.NAMES):
+        if with_secrets:
             from pipelines import cluster
 
             cluster.remove_secrets()

@@ -70,7 +70,7 @@ def follow(client: Any, job: str) -> int:
 
 def how_to_go_on(job: str, address: str) -> str:
     """The commands for a job that runs."""
-    return f"boxinst submit status|logs|stop {job} --address {address}"
+    return f"Next: boxinst submit status|logs|stop {job} --address {address}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import aiohttp
 from ray._private.authentication import authentication_token_setup
+from ray.dashboard.modules import dashboard_sdk
+from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -38,6 +40,8 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         InputError: no cluster answers there, or it refuses us.
     """
+    for name in (sdk.__name__, dashboard_sdk.__name__):  # a line for every package sent and connection closed
+        logging.getLogger(name).setLevel(logging.WARNING)
     # A client sends its token, RAY_AUTH_TOKEN or the one in ~/.ray, only when told to; then it says so at length.
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -47,14 +51,14 @@ def connect(address: str) -> JobSubmissionClient:
         remedy = (
             "Check that the cluster runs, its address, and its token (RAY_AUTH_TOKEN; its head's ~/.ray/auth_token)."
         )
-        raise InputError("--address", f"{address}: {str(error).splitlines()[0]}", remedy) from error
+        raise InputError("--address", f"{address}: {str(error).splitlines()[0].rstrip('.')}", remedy) from error
 
 
 def submit(client: JobSubmissionClient, config: SubmitConfig, words: Sequence[str]) -> str:
     """Ship the code and start ``boxinst WORDS`` on the cluster; returns the job's id.
 
     Raises:
-        InputError: the working folder is absent, or larger than the cluster takes.
+        InputError: the working folder is absent, or larger than the cluster takes; the cluster does not take the job.
     """
     with tempfile.TemporaryDirectory() as private:
         package = secrets.pack(launch.secret_values(config), Path(private)) if config.secret else None
@@ -66,6 +70,10 @@ def submit(client: JobSubmissionClient, config: SubmitConfig, words: Sequence[st
         except ValueError as error:
             remedy = "Give a folder of code and settings alone."
             raise InputError("--working-dir", f"{config.working_dir} ({error})", remedy) from error
+        except RuntimeError as error:  # Ray's word for an answer that is no success, with the server's traceback
+            reason = str(error).rstrip(" .\n").splitlines()[-1]
+            value = f"{client.get_address()} did not take the job ({reason})"
+            raise InputError("--address", value, "See the cluster's dashboard, or try again.") from error
 
 
 def follow(client: JobSubmissionClient, job: str) -> JobDetails:

@@ -1,7 +1,7 @@
 """Secrets of a submitted job: shipped as a file, put into the environment of each of its processes, removed at its end.
 
-Ray shows and logs the variables of a job, but not what is in the code that is shipped with it. Light, as Ray calls
-``load`` in every process of the job before anything else.
+Ray shows and logs the variables of a job, but not what is in the code that is shipped with it. Light, as every process
+of the job calls ``load`` before anything else: Ray does so in its workers, the console script where the command starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = "BOXINST_SECRETS"
 """Variable of a job with secrets: their names."""
 
 HOOK = f"{__name__}.load"
-"""What Ray is to call in each process."""
+"""What Ray is to call in each worker process."""
 
 _MODULE, _FILE = "boxinst_secrets", "values.json"
 
