@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 from ray._private.authentication import authentication_token_setup
+from ray._private.runtime_env import packaging
 from ray.dashboard.modules import dashboard_sdk
 from ray.dashboard.modules.job import sdk
 from ray.exceptions import AuthenticationError
@@ -40,7 +41,11 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         InputError: no cluster answers there, or it refuses us.
     """
-    for name in (sdk.__name__, dashboard_sdk.__name__):  # a line for every package sent and connection closed
+    for name in (
+        sdk.__name__,
+        dashboard_sdk.__name__,
+        packaging.__name__,
+    ):  # a line for every package
         logging.getLogger(name).setLevel(logging.WARNING)
     # A client sends its token, RAY_AUTH_TOKEN or the one in ~/.ray, only when told to; then it says so at length.
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)

@@ -135,6 +135,7 @@ def rows(shown: str) -> dict[str, str]:
     return dict(re.findall(r"^  (\S.*?)  +(\S.*)$", shown, re.MULTILINE))
 
 
+@pytest.mark.long
 def test_a_segmentation_is_planned_run_and_compared(
     shards: dict[str, str], tiny_model: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +181,7 @@ def test_a_training_is_planned(shards: dict[str, str], home: Path, capsys: pytes
     assert not (home / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_shows_what_came_of_its_plan(
     shards: dict[str, str], home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
