@@ -137,13 +137,15 @@ def info(client: JobSubmissionClient, job: str) -> JobDetails:
     Raises:
         InputError: nothing.
     """
+    remedy = f"`boxinst submit status --address {client.get_address()}` lists its jobs."
+    if not job:
+        raise InputError("job", "not given", remedy)
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
         if "does not exist" not in str(error):
             raise
-        remedy = f"`boxinst submit status --address {client.get_address()}` lists its jobs."
-        raise InputError("job", f"{job or 'not given'}: the cluster knows no such job", remedy) from error
+        raise InputError("job", f"{job}: the cluster knows no such job", remedy) from error
 
 
 def stop(client: JobSubmissionClient, job: str) -> JobDetails:

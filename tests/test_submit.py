@@ -177,8 +177,9 @@ except KeyboardInterrupt:
     assert f"{job}  stopped" in capfd.readouterr().out
     assert cli.main(["submit", "logs", job, "--address", address]) == 130
     assert "asked to stop" in capfd.readouterr().out, "it is asked as Ctrl-C asks"
-    assert cli.main(["submit", "status", "nobody", "--address", address]) == 2
-    assert "the cluster knows no such job" in capfd.readouterr().err
+    for words, said in (([], "job: not given"), (["nobody"], "the cluster knows no such job")):
+        assert cli.main(["submit", "stop", *words, "--address", address]) == 2
+        assert said in capfd.readouterr().err
 
 
 @contextmanager
