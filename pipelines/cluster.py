@@ -140,12 +140,12 @@ def data_workers(asked: int, *, gpu: bool) -> int | None:
 
 def remove_secrets() -> None:
     """At the end of a job that was submitted with secrets: remove their file from every node."""
-    secrets.remove()
-    if not ray.is_initialized():
-        return
-    remove = ray.remote(num_cpus=0, max_retries=0)(secrets.remove)
-    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
-    ray.wait([remove.options(scheduling_strategy=node).remote() for node in nodes], num_returns=len(nodes), timeout=30)
+    if ray.is_initialized():
+        remove = ray.remote(num_cpus=0, max_retries=0)(secrets.remove)
+        nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+        removing = [remove.options(scheduling_strategy=node).remote() for node in nodes]
+        ray.wait(removing, num_returns=len(nodes), timeout=30)
+    secrets.remove()  # last, as a process that starts on this node to do the same takes the file up first
 
 
 def stop() -> None:

@@ -139,6 +139,7 @@ cluster.remove_secrets()
     assert f"worker {digest}" in shown
     records = repr(client.list_jobs()) + repr(client.get_job_info(job)) + client.get_job_logs(job)
     assert "THE_SECRET" in records, "its name may be seen"
+    assert "setup hook" not in records, "no process starts that misses its secrets"
     assert secret not in records
     assert files_with(secret, folder) == [], "neither in Ray's logs, nor left behind"
 
