@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import keyword
+import os
 import sys
 from collections.abc import Sequence
 
 from boxinst.errors import InputError
+from pipelines import secrets
 
 COMMANDS = {
     "shard": "COCO boxes + images → Parquet shards, every box accounted for",
@@ -19,7 +21,8 @@ COMMANDS = {
     "review": "mask rows → a FiftyOne dataset, worst consistency first; verdicts are given in its App",
     "feedback": "verdicts → the next corpus: accepted and edited masks become labels",
     "promote": "candidate against champion → the alias moves, or the candidate is refused",
-    "submit": "run any of these commands on a Ray cluster",
+    "plan": "hours, memory, storage and money of a train or segment command, before it is run",
+    "submit": "run any of these commands on a Ray cluster; ask about such a job, stop it",
     "demo": "the whole path at once, on a drawn corpus or on yours, with an HTML report",
 }
 """In the order of the path, with what each one makes of what."""
@@ -69,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"boxinst: no command {name!r}.{hint} There are: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    with_secrets = bool(os.environ.get(secrets.NAMES))
     try:
+        if with_secrets:
+            secrets.load()
         return importlib.import_module(module(name)).main(rest)
     except InputError as error:
         print(f"boxinst {name}: {error}", file=sys.stderr)
@@ -77,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"boxinst {name}: interrupted. What was finished is kept; the same command goes on.", file=sys.stderr)
         return 130
+    finally:
+        if with_secrets:
+            from pipelines import cluster
+
+            cluster.remove_secrets()
 
 
 def module(command: str) -> str:

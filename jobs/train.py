@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from functools import reduce
 
-from jobs import cli, options
+from jobs import cli, options, plan
 from pipelines.config import FOLLOWING, TrainConfig, linear_rule
+from pipelines.forecast import Outcome
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         for name in FOLLOWING:
             before, now = (reduce(getattr, name.split("."), c) for c in (asked, config))
             print(f"  {name:20} {before} → {now}" if before != now else f"  {name:20} {now}, as given")
-    from pipelines import train
+    from pipelines import storage, train
 
     result = train.run(config)
     if result.status == "finished before":
@@ -40,6 +41,10 @@ def main(argv: Sequence[str]) -> int:
         made = f"a checkpoint at step {result.steps:,} of {config.name}"
         cli.close(made, result.model, then=shlex.join(["boxinst", "train", *argv]))
         return 0
+    if result.status == "finished" and not result.resumed_from:
+        files = storage.list_files(result.model.rpartition("/")[0])
+        kept = sum(file.size for name, file in files.items() if name.startswith("checkpoint_") and "/" in name)
+        plan.compare("train", config, Outcome(result.seconds, kept))
     model = result.version or result.model
     then = f"boxinst segment --model {model} --shards {config.shards}"
     cli.close(f"the model {model} in {result.steps:,} steps", result.model, then=then)

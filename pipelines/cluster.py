@@ -10,8 +10,10 @@ import sys
 import ray
 import ray.data
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from boxinst.errors import InputError
+from pipelines import secrets
 
 LOCAL_SLOTS = 4
 """Least number of CPU slots of a local cluster. Slots only limit how many tasks run at once; with fewer, a training
@@ -62,9 +64,11 @@ def _connect(address: str) -> None:
         # Ray itself tries for minutes and then ends the whole process.
         if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        joined = ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError("RAY_ADDRESS", address, remedy) from error
+    if joined.dashboard_url:
+        print(f"Ray dashboard: http://{joined.dashboard_url}", file=sys.stderr)
 
 
 def _start_local(cpus: int) -> None:
@@ -122,6 +126,26 @@ def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
         remedy = f"Give at most {most}, or add nodes." if most else "Add nodes to the cluster, or ask for less."
         need = f"{workers} (each {cpus:g} CPU, {gpus:g} GPU, and 1 CPU for the data)"
         raise InputError("--workers", f"{need}; the cluster has {have_cpus:g} CPU, {have_gpus:g} GPU", remedy)
+
+
+def data_workers(asked: int, *, gpu: bool) -> int | None:
+    """How many processes may decode for a training at once, see ``TrainConfig.data_workers``; None for no limit.
+
+    Each costs seconds to start, and memory.
+    """
+    if asked:
+        return asked
+    return None if gpu or elsewhere() else max(1, (os.cpu_count() or 1) // 4)
+
+
+def remove_secrets() -> None:
+    """At the end of a job that was submitted with secrets: remove their file from every node."""
+    if ray.is_initialized():
+        remove = ray.remote(num_cpus=0, max_retries=0)(secrets.remove)
+        nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+        removing = [remove.options(scheduling_strategy=node).remote() for node in nodes]
+        ray.wait(removing, num_returns=len(nodes), timeout=30)
+    secrets.remove()  # last, as a process that starts on this node to do the same takes the file up first
 
 
 def stop() -> None:

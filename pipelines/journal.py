@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines import guards
+from pipelines import guards, observe
 from pipelines.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Journal:
             "learning_rate": learning_rate,
             "images_per_second": images * self.ranks / seconds,
             "data_wait": self._waited / seconds,
+            **observe.gpu_memory(),
         }
         if self._batches[0][0] >= self.config.loss.warmup_steps:
             self.pairwise.append(values.get("pairwise", 0) + values.get("detect_pairwise", 0))

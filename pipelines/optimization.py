@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +60,13 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     return average
+
+
+def make_autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A fresh context of the run's arithmetic at each call."""
+    if config.precision == "bf16" or (config.precision == "auto" and bf16_pays(device)):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
 
 
 def bf16_pays(device: torch.device) -> bool:

@@ -14,12 +14,10 @@ from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, maskrows, registry, storage
+from pipelines import cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
-from pipelines.segmenter import Segmenter
-
-_COLUMNS = ["image_id", "file_name", "image", "width", "height", "annotation_ids", "boxes", "labels", "crowd"]
+from pipelines.segmenter import COLUMNS, Segmenter
 
 
 def run(config: SegmentConfig) -> Manifest:
@@ -90,7 +88,7 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
     try:
         rows = ray.data.read_parquet(
             storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
-        ).select_columns(_COLUMNS)
+        ).select_columns(COLUMNS)
         # A part is written when a worker has done its block, so the blocks set how much a killed run repeats.
         masks = rows.repartition(target_num_rows_per_block=config.checkpoint_images).map_batches(
             Segmenter,
@@ -103,6 +101,7 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
                 ),
                 "resolution": Resolution(config.short_side, config.max_side),
                 "exif": shards.exif,
+                "count": functools.partial(observe.count, "segment"),
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
@@ -111,7 +110,11 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
             num_gpus=int(config.gpu),
         )
         fs, path = storage.fs_path(storage.join(config.output, maskrows.PARTS))
-        masks.write_parquet(path, filesystem=fs)
+        written = storage.join(config.output, maskrows.DONE)  # a file for every block of images
+        with observe.progress(
+            "segment", lambda: len(storage.list_files(written)) * config.checkpoint_images, shards.counts["images"]
+        ):
+            masks.write_parquet(path, filesystem=fs)
     finally:
         context.checkpoint_config = None
 

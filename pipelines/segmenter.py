@@ -19,6 +19,10 @@ from pipelines import inference, maskrows
 from pipelines.config import Resolution
 from pipelines.maskrows import BoxMask
 from pipelines.samples import sample_from_row
+from pipelines.schema import SHARD_SCHEMA
+
+COLUMNS = [name for name in SHARD_SCHEMA.names if name != "masks"]
+"""What it needs of a shard row."""
 
 
 class Segmenter:
@@ -28,12 +32,17 @@ class Segmenter:
         load: gives the model.
         resolution: of the images in the network.
         exif: which pixels the boxes refer to.
+        count: is told how many images, boxes, mask rows and rejects were done.
     """
 
     def __init__(
-        self, load: Callable[[], CondInst], resolution: Resolution, exif: Literal["stored", "applied"]
+        self,
+        load: Callable[[], CondInst],
+        resolution: Resolution,
+        exif: Literal["stored", "applied"],
+        count: Callable[..., None] | None = None,
     ) -> None:
-        self._model, self._resolution, self._exif = load(), resolution, exif
+        self._model, self._resolution, self._exif, self._count = load(), resolution, exif, count
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Shard rows to one row per image. What fails becomes the status of its boxes, and nothing else fails."""
@@ -50,6 +59,10 @@ class Segmenter:
         for row, sample in zip(rows, samples, strict=True):
             boxes = [_failed(sample)] * len(row["boxes"]) if isinstance(sample, Exception) else next(found)
             results.append(maskrows.part_row(row, boxes))
+        statuses = [status for result in results for status in result["status"]]
+        failed = sum(status not in ("ok", "empty") for status in statuses)
+        if self._count:
+            self._count(images=len(rows), boxes=len(statuses), mask_rows=len(statuses), rejects=failed)
         return pa.Table.from_pylist(results, schema=maskrows.PART_SCHEMA)
 
     def _segment(self, samples: Sequence[tuple[Tensor, Tensor]]) -> list[list[BoxMask]]:

@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from boxinst.errors import InputError
-from pipelines import cluster, coco, images, storage
+from pipelines import cluster, coco, images, observe, storage
 from pipelines.coco import Annotation, Corpus, ImageEntry
 from pipelines.config import ShardConfig
 from pipelines.schema import REJECT_SCHEMA, SHARD_SCHEMA, File, Manifest
@@ -138,7 +138,8 @@ def _write_shards(corpus: Corpus, files: dict[str, pafs.FileInfo], config: Shard
         _write_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=task
     )
     try:
-        done = shards.take_all()
+        with observe.progress("shard", lambda: len(storage.list_files(config.output)) - 1, len(plan), "shards"):
+            done = shards.take_all()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None
@@ -196,6 +197,7 @@ def _write_shard(plan: pa.Table, *, images_uri: str, out: str, exif: images.Exif
     if first is not None:
         path = storage.join(out, f"shard-{number:05d}.parquet")
         file = json.dumps(asdict(storage.write_parquet(path, itertools.chain([first], groups), SHARD_SCHEMA)))
+    observe.count("shard", images=counts["images"], boxes=counts["boxes"], rejects=len(rejects))
     done = {"shard": number, "file": file, "counts": json.dumps(counts), "rejects": rejects}
     return pa.Table.from_pylist([done], schema=_DONE_SCHEMA)
 

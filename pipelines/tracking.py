@@ -100,6 +100,14 @@ class Run:
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         log(self.run_id, str(path), folder)
 
+    @property
+    def address(self) -> str:
+        """Where to look at the run: its page where there is a server, else its id and the database it is in."""
+        if self.tracking_uri.startswith("http"):
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            return f"{storage.redact(self.tracking_uri)}/#/experiments/{experiment}/runs/{self.run_id}"
+        return f"{self.run_id} in {storage.redact(self.tracking_uri)}"
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the run with ``status``."""
         self._client.set_terminated(self.run_id, status)

@@ -73,8 +73,8 @@ def run(config: TrainConfig) -> TrainResult:
             GPUs; a loss or gradient that is not finite.
     """
     started = time.monotonic()
-    index, val = _open_shards(config)
-    config, init = _complete(config, index)
+    index, val = open_shards(config)
+    config, init = complete(config, index)
     folder = settings.home() / "runs" / config.name
     previous, changes = _check_resumable(folder, config, index.manifest.hash)
     if (folder / RESULT).is_file():
@@ -83,6 +83,7 @@ def run(config: TrainConfig) -> TrainResult:
     cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous, changes)
+    print(f"MLflow run: {tracker.address}", file=sys.stderr)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
     _forget_removed_checkpoints(folder)
@@ -105,7 +106,7 @@ def run(config: TrainConfig) -> TrainResult:
 # What is checked before any work.
 
 
-def _open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
+def open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     """Training shards with boxes, and validation shards of the same classes."""
     index = ShardIndex.open(config.shards)
     if not len(index) or not index.manifest.counts.get("boxes"):
@@ -122,7 +123,7 @@ def _open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
     return index, val
 
 
-def _complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict[str, bytes] | None]:
+def complete(config: TrainConfig, index: ShardIndex) -> tuple[TrainConfig, dict[str, bytes] | None]:
     """The config with all that follows from the shards and the initial model, and that model, packed."""
     categories = index.manifest.categories
     names = tuple(c.name for c in categories)
@@ -268,7 +269,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     )
     # Plain numbers: a task that held the config would import all that it is made of.
     batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
-    end, data_workers = config.steps * batch_size, _data_workers(config)
+    end, data_workers = config.steps * batch_size, cluster.data_workers(config.data_workers, gpu=config.gpu)
 
     def read(number: pa.Table) -> pa.Table:
         first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
@@ -295,13 +296,6 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         )
 
     return make
-
-
-def _data_workers(config: TrainConfig) -> int | None:
-    """See ``TrainConfig.data_workers``; None for no limit. Each costs seconds to start, and memory."""
-    if config.data_workers:
-        return config.data_workers
-    return None if config.gpu or cluster.elsewhere() else max(1, (os.cpu_count() or 1) // 4)
 
 
 def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:
@@ -350,10 +344,13 @@ def _show(bar: tqdm[Any], shown: tuple[int, dict[str, float]] | None) -> None:
     if not bar.n:  # so that the time left is not computed from steps of an earlier command
         bar.initial = step
     bar.n = step
+    gpu: Any = {"gpu_gb": f"{values['gpu_memory']:.1f}"} if "gpu_memory" in values else {}
     bar.set_postfix(
         loss=f"{values['loss']:.3f}",
         lr=f"{values['learning_rate']:.1e}",
         images_per_s=f"{values['images_per_second']:.1f}",
+        data_wait=f"{values['data_wait']:.0%}",
+        **gpu,
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from os import sched_getaffinity
@@ -24,12 +23,12 @@ from boxinst.criterion import Criterion
 from boxinst.errors import InputError
 from boxinst.structures import Batch
 from boxinst.weights import with_classes
-from pipelines import checkpoint, guards, inference, tracking
+from pipelines import checkpoint, guards, inference, observe, tracking
 from pipelines.augmentation import batch_from_table
 from pipelines.config import TrainConfig
 from pipelines.journal import Journal
 from pipelines.learner import Learner, take_step, unwrapped
-from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
+from pipelines.optimization import make_autocast, make_average, make_optimizer, make_schedule
 from pipelines.train_job import Job
 from pipelines.validation import Validation, stack
 
@@ -49,7 +48,7 @@ def _train(job: Job) -> None:
     learner = _build(job, rank)
     device = next(learner.network.parameters()).device
     criterion = Criterion(config.model, config.loss)
-    autocast = _autocast(config, device)
+    autocast = make_autocast(config, device)
     cpu_group = _cpu_group() if ranks > 1 else None
     validation = _open_validation(job, rank, ranks)
     journal = Journal(config, _tracked(job) if rank == 0 else None, job.control, cpu_group)
@@ -58,7 +57,7 @@ def _train(job: Job) -> None:
         ray.get(job.control.resume_at.remote(learner.step))
     signal = StopSignal(job, rank, cpu_group)
 
-    batches = _batches(config, ranks, device)
+    batches = observe.steps(_batches(config, ranks, device))
     for _ in range(learner.step, config.steps):
         with journal.waiting():
             batch = next(batches)
@@ -231,13 +230,6 @@ def _cpu_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A fresh context of the run's arithmetic at each call."""
-    if config.precision == "bf16" or (config.precision == "auto" and bf16_pays(device)):
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext
 
 
 def _set_threads(config: TrainConfig, workers_here: int) -> None:

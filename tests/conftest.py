@@ -70,6 +70,7 @@ def ray_session(s3_address: str) -> Iterator[None]:
     """Ray in this process, once for all tests."""
     from pipelines import cluster
 
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # tests do not wait ten seconds for a figure
     cluster.start(cpus=4)
     yield
     cluster.stop()

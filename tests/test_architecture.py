@@ -18,12 +18,24 @@ SCIENCE = {"torch", "torchvision", "numpy", "pycocotools", "safetensors", "PIL",
 STAGES = {f"pipelines.{name}" for name in ("shards", "train", "evaluate", "segment", "review", "feedback")}
 OWNERS = {
     "ray": {f"pipelines.{n}" for n in ("cluster", "shards", "train", "train_loop", "evaluate", "segment")}
-    | {"jobs.submit"},
+    | {f"pipelines.{n}" for n in ("plan", "observe", "remote_jobs")},
     "mlflow": {"pipelines.registry", "pipelines.tracking", "pipelines.pyfunc_model"},
     "fiftyone": {"pipelines.review", "pipelines.feedback"},
 }
 """Each framework, and the only modules that may know it."""
-COMMANDS = {"shard", "train", "import_", "evaluate", "segment", "review", "feedback", "promote", "submit", "demo"}
+COMMANDS = {
+    "shard",
+    "train",
+    "import_",
+    "evaluate",
+    "segment",
+    "review",
+    "feedback",
+    "promote",
+    "submit",
+    "plan",
+    "demo",
+}
 ENTRY_LINES = 80
 FILE_LINES = 450
 VAGUE = {"utils", "util", "common", "misc", "helpers", "helper", "tools", "shared"}

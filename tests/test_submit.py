@@ -1,22 +1,30 @@
-"""Commands on a Ray cluster: a real head node on this machine, its log and its exit status at the client."""
+"""Commands on a Ray cluster: a real head node on this machine; logs, statuses and secrets on their way."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from boxinst.errors import InputError
 from jobs import cli, submit
+from pipelines import launch, remote_jobs, secrets
+from pipelines.launch import SubmitConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +43,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     command = f"{ray} start --head --block --node-ip-address=127.0.0.1 --port={free_port()} --num-cpus=2 "
     command += f"--dashboard-host=127.0.0.1 --dashboard-port={port} --include-dashboard=true "
     command += f"--dashboard-agent-listen-port={free_port()} --temp-dir={folder} --disable-usage-stats"
+    command += f" --ray-client-server-port={free_port()}"  # else two heads on one machine want the same
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
@@ -45,14 +54,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(120):
+        deadline = time.monotonic() + 180
+        while True:
             assert process.poll() is None, log.read_text()
             try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=1)
+                remote_jobs.connect(address).list_jobs()
                 break
-            except urllib.error.HTTPError:
-                break  # it answers, and wants a token
-            except OSError:
+            except (InputError, RuntimeError):  # the server comes up in parts
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.5)
         yield address, folder
     finally:
@@ -64,18 +74,188 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         subprocess.run(["rm", "-rf", str(folder)])
 
 
+def submitted(address: str, code: str, **options: object) -> str:
+    """Starts a Python script on the cluster as ``boxinst submit`` starts a command; returns the job's id."""
+    config = SubmitConfig(address=address, **options)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as private:
+        package = secrets.pack(launch.secret_values(config), Path(private)) if config.secret else None
+        environment = launch.runtime_env(config, package)
+        client = remote_jobs.connect(address)
+        return client.submit_job(entrypoint=shlex.join(["python", "-c", code]), runtime_env=environment)
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+
+
 @pytest.mark.slow
-def test_a_job_returns_its_log_and_its_status(head: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_copy_ships_itself_and_returns_log_and_status(head: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = head
-    words = ["submit", "--address", address, "--working-dir", str(ROOT), "--"]
-    status = cli.main([*words, "shard", "--annotations", "/nowhere/a b.json", "--images", "/nowhere", "--out", "x"])
+    site = tmp_path / "site-packages"  # no source tree, no repository: as a wheel is installed
+    for name in launch.PACKAGES:
+        shutil.copytree(ROOT / name, site / name)
+    (site / "jobs" / "__init__.py").write_text('"""Says which copy runs."""\nprint("from the copy", flush=True)\n')
+    words = ["shard", "--annotations", "/nowhere/a b.json", "--images", "/nowhere", "--out", "x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "submit", "--address", address, "--secret", "THE_SECRET", "--", *words],
+        env=os.environ | {"PYTHONPATH": str(site), "THE_SECRET": "hunter2hunter2"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "/nowhere/a b.json" in done.stdout, f"{done.stderr}\nthe words must arrive unbroken, and the job's log here"
+    assert done.returncode == 2, "bad input in the job is bad input here"
+    assert done.stdout.count("from the copy") == 2, "once here, once in the job"
+    shipped = [p for p in folder.glob("session_2*/runtime_resources/py_modules_files/*/*") if p.is_dir()]
+    assert {p.name for p in shipped} == {*launch.PACKAGES, "boxinst_secrets"}
+    assert not [p for p in folder.glob("session_2*/runtime_resources/**/*") if p.name in {".git", ".venv", "tests"}]
+    assert files_with("hunter2hunter2", folder) == [], "the command has ended, so its secrets are removed"
+
+
+@pytest.mark.long
+def test_a_secret_reaches_driver_and_workers_and_no_record(
+    head: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, folder = head
+    secret = "correct horse battery staple"
+    monkeypatch.setenv("THE_SECRET", secret)
+    code = """
+import hashlib, os, ray
+from pipelines import cluster, secrets
+secrets.load()  # as the console script does
+def digest():
+    return hashlib.sha256(os.environ["THE_SECRET"].encode()).hexdigest()
+cluster.start()
+print("driver", digest())
+print("worker", ray.get(ray.remote(digest).remote()))
+cluster.remove_secrets()
+"""
+    job = submitted(address, code, secret=("THE_SECRET",))
+    client = remote_jobs.connect(address)
+    assert remote_jobs.follow(client, job).status == "SUCCEEDED"
     shown = capfd.readouterr().out
-    assert "/nowhere/a b.json" in shown, "the words must arrive unbroken, and the job's log here"
-    assert status == 2, "bad input in the job is bad input here"
-    (shipped,) = (p for p in folder.glob("session_2*/runtime_resources/working_dir_files/*") if p.is_dir())
-    names = {p.name for p in shipped.iterdir()}
-    assert {"jobs", "pipelines", "boxinst"} <= names
-    assert not {".git", ".venv", "boxinst-home", ".mypy_cache", ".ruff_cache", ".pytest_cache"} & names
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert f"driver {digest}" in shown
+    assert f"worker {digest}" in shown
+    records = repr(client.list_jobs()) + repr(client.get_job_info(job)) + client.get_job_logs(job)
+    assert "THE_SECRET" in records, "its name may be seen"
+    assert "setup hook" not in records, "no process starts that misses its secrets"
+    assert secret not in records
+    assert files_with(secret, folder) == [], "neither in Ray's logs, nor left behind"
+
+
+@pytest.mark.long
+def test_a_broken_connection_is_made_anew_and_ctrl_c_leaves_the_job_running(
+    head: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address, _ = head
+    code = """
+import time
+try:
+    for number in range(10000):
+        print(f"line {number}.")
+        time.sleep(0.2)
+except KeyboardInterrupt:
+    print("asked to stop")
+"""
+    job = submitted(address, code)
+    told = tmp_path / "stderr"
+    with cut_now_and_then(address) as through, told.open("w") as errors:
+        words = [sys.executable, "-m", "jobs.cli", "submit", "logs", job, "--address", through]
+        following = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert following.stdout is not None
+        shown = "".join(iter(following.stdout.readline, "line 100.\n"))  # five connections, about
+        following.send_signal(signal.SIGINT)
+        assert following.wait(60) == 130
+        following.stdout.close()
+    assert [int(n) for n in re.findall(r"line (\d+)\.", shown)] == list(range(100)), "each line once"
+    assert "trying again" in told.read_text()
+    assert f"boxinst submit status|logs|stop {job}" in told.read_text()
+
+    assert cli.main(["submit", "status", "--address", address]) == 0
+    assert re.search(rf"{job}  running", capfd.readouterr().out)
+    assert cli.main(["submit", "stop", job, "--address", address]) == 0
+    assert f"{job}  stopped" in capfd.readouterr().out
+    assert cli.main(["submit", "logs", job, "--address", address]) == 130
+    assert "asked to stop" in capfd.readouterr().out, "it is asked as Ctrl-C asks"
+    for words, said in (([], "job: not given"), (["nobody"], "the cluster knows no such job")):
+        assert cli.main(["submit", "stop", *words, "--address", address]) == 2
+        assert said in capfd.readouterr().err
+
+
+@contextmanager
+def cut_now_and_then(address: str) -> Iterator[str]:
+    """The same dashboard behind a proxy, which drops every connection after four seconds."""
+    port = int(address.rsplit(":", 1)[1])
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def drop(*ends: socket.socket) -> None:
+        for end in ends:
+            with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, do not end
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                there = socket.create_connection(("127.0.0.1", port))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+                threading.Timer(4, drop, (here, there)).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_what_is_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2hunter2@mlflow")
+    for env in (("AWS_SECRET_ACCESS_KEY=x",), ("AWS_SECRET_ACCESS_KEY",), ("MLFLOW_TRACKING_URI",), ("A_TOKEN=1",)):
+        with pytest.raises(InputError, match=f"--env: {env[0].partition('=')[0]} holds a secret.*--secret"):
+            SubmitConfig(address="http://head", env=env)
+    for name, remedy in (("NOBODY", "is not set"), ("THE_SECRET=hunter2hunter2", "seen and remembered")):
+        with pytest.raises(InputError, match=remedy) as refused:
+            SubmitConfig(address="http://head", secret=(name,), env=())
+        assert "hunter2hunter2" not in str(refused.value)
+    config = SubmitConfig(address="http://head", secret=("MLFLOW_TRACKING_URI",))
+    package = secrets.pack(launch.secret_values(config), tmp_path)
+    assert "hunter2hunter2" not in repr(launch.runtime_env(config, package))
+    (file,) = package.iterdir()
+    assert "hunter2hunter2" in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    (tmp_path / "again").mkdir()
+    (another,) = secrets.pack(launch.secret_values(config), tmp_path / "again").iterdir()
+    assert another.read_text() != file.read_text(), "no job removes what another one needs"
+
+
+def test_a_command_takes_up_its_secrets_and_removes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (file,) = secrets.pack({"THE_SECRET": "hunter2hunter2"}, tmp_path).iterdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(secrets.NAMES, "THE_SECRET")
+    monkeypatch.setenv("THE_SECRET", "")  # so that it is taken away again
+    with pytest.raises(SystemExit):  # a command that fails, too
+        cli.main(["submit", "--nonsense"])
+    assert os.environ["THE_SECRET"] == "hunter2hunter2"
+    assert not file.exists()
+
+
+def test_the_code_shipped_is_this_program_or_the_working_folder(tmp_path: Path) -> None:
+    def modules(folder: Path | str) -> list[str]:
+        config = SubmitConfig(address="http://head", working_dir=str(folder), env=())
+        return [Path(p).name for p in launch.runtime_env(config, None)["py_modules"]]
+
+    assert modules("") == modules(tmp_path) == list(launch.PACKAGES)
+    assert modules(ROOT) == [], "it has them"
+    assert "working_dir" not in launch.runtime_env(SubmitConfig(address="http://head", env=()), None)
 
 
 def test_no_cluster_at_the_address() -> None:
