@@ -76,7 +76,7 @@ class PlainCriterion(Criterion):
         pairwise, edges = plain_pairwise(logits, copies, inside)
         boxes = torch.full_like(edges, len(where))
         none = torch.zeros_like(edges)
-        return _MaskSums(projection, none, pairwise, edges, boxes, none, *[none] * 4)
+        return _MaskSums(projection, none, pairwise, edges, boxes, none, *[none] * 5)
 
 
 class Case:
