@@ -189,7 +189,8 @@ def by_type(model_folder: str, val: str, annotations: Path) -> dict[str, dict[st
             (found,) = model.segment([image], [targets.boxes])
             cards[types[image_id]].update(image_id, *image.shape[1:], found, targets)
     kept = ("instances", "mask_iou", "inscribed_ellipse_mask_iou", "mask_ap")
-    return {kind: {name: card.compute()[name] for name in kept} for kind, card in cards.items()}
+    figures = {kind: card.compute() for kind, card in cards.items()}
+    return {kind: {name: of_type[name] for name in kept} for kind, of_type in figures.items()}
 
 
 def type_table(row: dict[str, Any]) -> str:
