@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from boxinst.colors import cell_colors, cells_valid
+from boxinst.colors import cells_valid, root_colors
 from boxinst.dynamic import box_masks, box_sides, gather_windows
 from boxinst.losses import dice_terms, window_cells
 from boxinst.structures import Batch
@@ -20,7 +20,7 @@ REGION_MARGIN = 0.25
 a mean colour, and not yet another place of the image."""
 
 _LEAST_CELLS = 1e-3
-_LEAST_VARIANCE = 1e-3  # ΔE², summed over cells: without colour there is nothing to explain
+_LEAST_VARIANCE = 1e-3  # summed over cells: without colour there is nothing to explain
 
 
 def fill_terms(mask_logits: Tensor, box_masks: Tensor, fill_range: tuple[float, float]) -> Tensor:
@@ -95,7 +95,7 @@ class Surroundings:
     """Colours in and around the boxes of a batch, and where an object's neighbours may be: for ``region_terms``."""
 
     def __init__(self, batch: Batch, stride: int) -> None:
-        colors, self.stride = cell_colors(batch.images, stride), stride
+        colors, self.stride = root_colors(batch.images, stride), stride
         boxes_here = []
         for targets in batch.host:
             rows, columns = box_sides(targets.boxes, (colors.shape[2], colors.shape[3]), stride)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses, priors
-from boxinst.colors import cell_colors
+from boxinst.colors import root_colors
 from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
@@ -231,7 +231,7 @@ def test_a_range_of_fill_the_region_and_a_teacher_add_their_terms(model):
     torch.testing.assert_close(terms["fill"], fill.detach(), rtol=1e-4, atol=1e-5)
     # Over the whole map, but for cells that other boxes of the image hold.
     cells = [inside[k : k + 3].sum(0) for k in (0, 0, 0, 3, 3, 3)]
-    colors = torch.cat([cell_colors(data.images[n : n + 1], 2).expand(3, -1, -1, -1) for n in (0, 1)])
+    colors = torch.cat([root_colors(data.images[n : n + 1], 2).expand(3, -1, -1, -1) for n in (0, 1)])
     grown = torch.cat([t.boxes for t in data.targets])
     margin = (grown[:, 2:] - grown[:, :2]).amax(1, keepdim=True) * priors.REGION_MARGIN
     near = box_masks(torch.cat([grown[:, :2] - margin, grown[:, 2:] + margin], 1), (32, 32), 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boxinst import Batch, Targets, losses, priors
-from boxinst.colors import cell_colors
+from boxinst.colors import root_colors
 from boxinst.dynamic import box_masks
 
 
@@ -108,7 +108,7 @@ def test_a_cell_counts_near_its_box_where_no_other_box_is() -> None:
     held = box_masks(boxes, (16, 32), 2)
     for n, (left, top) in enumerate(origins.tolist()):
         window = (slice(top, top + size[0]), slice(left, left + size[1]))
-        torch.testing.assert_close(colors[n], cell_colors(images, 2)[0][(slice(None), *window)])
+        torch.testing.assert_close(colors[n], root_colors(images, 2)[0][(slice(None), *window)])
         x0, y0, x1, y1 = boxes[n].tolist()
         margin = priors.REGION_MARGIN * max(x1 - x0, y1 - y0)
         for y in range(size[0]):
@@ -118,3 +118,11 @@ def test_a_cell_counts_near_its_box_where_no_other_box_is() -> None:
                 near = x0 - margin <= px <= x1 + margin and y0 - margin <= py <= y1 + margin
                 taken = any(bool(held[k, row, column]) for k in range(3) if k != n)
                 assert bool(weights[n, y, x]) == (near and not taken and px < 52), (n, y, x)
+
+
+def test_root_colours_are_the_roots_of_the_mean_values() -> None:
+    images = torch.randint(0, 256, (1, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    got = root_colors(images, 2)
+    assert got.shape == (1, 3, 2, 3)
+    assert float(got[0, 1, 1, 2]) == pytest.approx((float(images[0, 1, 2:4, 4:6].double().mean()) + 0.375) ** 0.5)
+    torch.testing.assert_close(root_colors(images, 1), (images.float() + 0.375).sqrt())
