@@ -146,6 +146,10 @@ class LossConfig:
     """Measure colour distances against their local mean, over so many cells of the loss grid in each direction; θ is
     then in units of that mean. About the size of an object. For corpora of grainy and faint images together, where one
     threshold cannot fit all. 0 as published."""
+    region_weight: float = 0.0
+    """Weight of the two-region colour energy, in prompt mode: a mask should explain the colours in and around its box
+    by one colour of its own and one of the rest. For objects of an even colour on an even ground, as cells are. 0 as
+    published."""
     overlap_weight: float = 0.0
     """Weight of the penalty on pixels that several boxes hold and more than one of their masks takes, in prompt mode: a
     pixel has one owner. 0 as published."""
@@ -178,6 +182,7 @@ class LossConfig:
             "prompt_margin",
             "max_positives_in_all",
             "contrast_reach",
+            "region_weight",
             "overlap_weight",
             "fill_weight",
             "teacher_weight",

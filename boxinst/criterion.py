@@ -47,6 +47,7 @@ class _MaskSums:
     """Instances trained by their mask."""
     imitation: Tensor
     fill: Tensor
+    region: Tensor
     overlap: Tensor
     shared: Tensor
     """Number of cells that several boxes hold, for ``overlap``."""
@@ -145,6 +146,8 @@ class Criterion:
             terms["imitation"] = sums.imitation / instances * self.config.teacher_weight
         if self.config.fill_range != ANY_FILL:
             terms["fill"] = sums.fill / instances * self.config.fill_weight
+        if self.config.region_weight:
+            terms["region"] = sums.region / instances * self.config.region_weight * warmup
         if self.config.overlap_weight:
             terms["overlap"] = sums.overlap / shared.clamp(min=least) * self.config.overlap_weight * warmup
         return {prefix + name: term for name, term in terms.items()}
@@ -160,6 +163,7 @@ class Criterion:
         usable = torch.cat([t.tight & ~t.crowd for t in batch.host])
         sums = self._nothing(outputs.prompt)
         owners = priors.Owners(similarity)
+        surroundings = priors.Surroundings(batch, stride) if self.config.region_weight else None
         # The window must also hold the other end of every colour edge that starts inside the box.
         least = max(4 * model.mask_stride, self.config.dilation * (self.config.kernel_size // 2) * stride)
         longer = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True)
@@ -188,6 +192,9 @@ class Criterion:
             if self.config.fill_range != ANY_FILL:
                 fill = priors.fill_terms(logits, windows, self.config.fill_range)
                 sums.fill = sums.fill + (fill * ~masked).sum()
+            if surroundings is not None:
+                colors, weights = surroundings.of(given, windows, images, origins * 2)
+                sums.region = sums.region + (priors.region_terms(logits, colors, weights) * ~masked).sum()
             if self.config.overlap_weight:
                 owners.add(logits, windows, images, (origins * 2).flip(1))
         if self.config.overlap_weight:
@@ -357,12 +364,12 @@ class Criterion:
             dilation=config.dilation,
         )
         counts = edges.float(), by_box.sum().float(), by_mask.sum().float()
-        return _MaskSums(projection, dice, pairwise, *counts, *[zero] * 4)
+        return _MaskSums(projection, dice, pairwise, *counts, *[zero] * 5)
 
     @staticmethod
     def _nothing(like: Tensor) -> _MaskSums:
         zero = torch.zeros((), device=like.device)
-        return _MaskSums(*[zero] * 10)
+        return _MaskSums(*[zero] * 11)
 
 
 def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tuple[int, int], stride: int) -> Tensor:

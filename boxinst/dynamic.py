@@ -305,6 +305,27 @@ def upsample(maps: Tensor, factor: int) -> Tensor:
     return F.interpolate(maps[:, None], scale_factor=factor, mode="bilinear", align_corners=False)[:, 0]
 
 
+def box_sides(
+    boxes: Tensor, grid: tuple[int, int], stride: float, origins: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows [P, h] and the columns [P, w] of a grid that boxes hold, bool: ``box_masks`` before they are crossed."""
+    start = torch.zeros_like(boxes[:, :2]) if origins is None else origins.to(boxes.dtype)
+
+    def axis(low: Tensor, high: Tensor, offset: Tensor, length: int) -> Tensor:
+        first, last = (low / stride - 0.5 - offset).ceil(), (high / stride - 0.5 - offset).floor()
+        middle = ((low + high) / (2 * stride) - offset).floor()
+        empty = last < first
+        first = torch.where(empty, middle, first)
+        last = torch.where(empty, middle, last)
+        # A box at the far border of the map may round to one cell beyond it.
+        first, last = first.clamp(max=length - 1), last.clamp(min=0)
+        cells = torch.arange(length, device=boxes.device)
+        return (cells >= first[:, None]) & (cells <= last[:, None])
+
+    columns = axis(boxes[:, 0], boxes[:, 2], start[:, 0], grid[1])
+    return axis(boxes[:, 1], boxes[:, 3], start[:, 1], grid[0]), columns
+
+
 def box_masks(boxes: Tensor, grid: tuple[int, int], stride: float, origins: Tensor | None = None) -> Tensor:
     """Boxes drawn on a grid: cells whose centre lies inside.
 
@@ -320,19 +341,5 @@ def box_masks(boxes: Tensor, grid: tuple[int, int], stride: float, origins: Tens
     Returns:
         [P, h, w] bool.
     """
-    start = torch.zeros_like(boxes[:, :2]) if origins is None else origins.to(boxes.dtype)
-
-    def axis(low: Tensor, high: Tensor, offset: Tensor, length: int) -> Tensor:
-        first, last = (low / stride - 0.5 - offset).ceil(), (high / stride - 0.5 - offset).floor()
-        middle = ((low + high) / (2 * stride) - offset).floor()
-        empty = last < first
-        first = torch.where(empty, middle, first)
-        last = torch.where(empty, middle, last)
-        # A box at the far border of the map may round to one cell beyond it.
-        first, last = first.clamp(max=length - 1), last.clamp(min=0)
-        cells = torch.arange(length, device=boxes.device)
-        return (cells >= first[:, None]) & (cells <= last[:, None])
-
-    x = axis(boxes[:, 0], boxes[:, 2], start[:, 0], grid[1])
-    y = axis(boxes[:, 1], boxes[:, 3], start[:, 1], grid[0])
-    return y[:, :, None] & x[:, None, :]
+    rows, columns = box_sides(boxes, grid, stride, origins)
+    return rows[:, :, None] & columns[:, None, :]

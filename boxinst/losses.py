@@ -18,17 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision.ops import sigmoid_focal_loss
 
-from boxinst.contrast import local_contrast
+from boxinst.colors import cell_colors, cells_valid, local_contrast
 
 DICE_EPS = 1e-5
-
-# sRGB to XYZ (D65) and the white point of the 2° observer: the constants of skimage.color.rgb2lab.
-_XYZ_FROM_RGB = (
-    (0.412453, 0.357580, 0.180423),
-    (0.212671, 0.715160, 0.072169),
-    (0.019334, 0.119193, 0.950227),
-)
-_WHITE = (0.95047, 1.0, 1.08883)
 
 # Cells handled at a time by the pairwise loss: on a CPU its temporaries then stay in the cache.
 _CHUNK_CPU = 1 << 16
@@ -185,15 +177,12 @@ def color_similarity(
     Returns:
         [N, K, H // stride, W // stride] float32, 0 where the neighbour is invalid or outside the image.
     """
-    colors = images.float()
-    if stride > 1:
-        colors = F.avg_pool2d(colors, stride)
-    lab = _lab_from_rgb(colors.clamp(0, 255).long())  # [N, 3, h, w]
+    lab = cell_colors(images, stride)  # [N, 3, h, w]
     n, _, h, w = lab.shape
     if valid is None:
         neighbour_valid = torch.ones(n, h, w, dtype=torch.bool, device=images.device)
     else:
-        neighbour_valid = valid[:, stride // 2 :: stride, stride // 2 :: stride][:, :h, :w]
+        neighbour_valid = cells_valid(valid, stride)
 
     reach = kernel_size // 2 * dilation
     around = (reach, reach, reach, reach)
@@ -208,20 +197,6 @@ def color_similarity(
     if contrast_reach:
         unit = theta * local_contrast(distances, neighbours_valid & neighbour_valid[:, None], contrast_reach)
     return (-distances / unit).exp_().mul_(neighbours_valid)
-
-
-def _lab_from_rgb(rgb: Tensor) -> Tensor:
-    """sRGB [N, 3, h, w] int64 in 0..255 -> CIE-LAB (D65, 2°) [N, 3, h, w] float32."""
-    levels = torch.arange(256, dtype=torch.float64, device=rgb.device) / 255
-    linear = torch.where(levels > 0.04045, ((levels + 0.055) / 1.055) ** 2.4, levels / 12.92)
-    red, green, blue = linear.float()[rgb].unbind(1)
-    f = []
-    # Plain sums of products: a GPU may compute a matrix product in reduced precision.
-    for (r, g, b), white in zip(_XYZ_FROM_RGB, _WHITE, strict=True):
-        t = red * (r / white) + green * (g / white) + blue * (b / white)
-        f.append(torch.where(t > 0.008856, t.clamp(min=0.008856) ** (1 / 3), 7.787 * t + 16 / 116))
-    x, y, z = f
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
 def pairwise_loss(

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from boxinst.colors import cells_valid, root_colors
+from boxinst.dynamic import box_masks, box_sides, gather_windows
 from boxinst.losses import dice_terms, window_cells
+from boxinst.structures import Batch
+
+REGION_MARGIN = 0.25
+"""Background around a box that its object's colours are compared with, as a share of the box's longer side: enough for
+a mean colour, and not yet another place of the image."""
+
+_LEAST_CELLS = 1e-3
+_LEAST_VARIANCE = 1e-3  # summed over cells: without colour there is nothing to explain
 
 
 def fill_terms(mask_logits: Tensor, box_masks: Tensor, fill_range: tuple[float, float]) -> Tensor:
@@ -49,6 +59,68 @@ def imitation_terms(mask_logits: Tensor, teacher_logits: Tensor, box_masks: Tens
     masks = probabilities > 0.5
     sure = (probabilities * masks).sum((1, 2)) / masks.sum((1, 2)).clamp(min=1)
     return dice_terms(mask_logits, masks) * sure
+
+
+def region_terms(mask_logits: Tensor, colors: Tensor, weights: Tensor) -> Tensor:
+    """Share of the colours' variance that a mask leaves unexplained by a colour of its own and one of the rest.
+
+    E = Σ w (p ‖c − μ₁‖² + (1 − p) ‖c − μ₀‖²) / Σ w ‖c − μ‖², where μ₁, μ₀ and μ are the mean colours of the mask, of
+    the rest and of both. It is the energy of two even regions (Chan and Vese, 2001) that BoxLevelset (arXiv 2207.09055)
+    and Box2Mask (arXiv 2212.01579) minimise, divided by the variance, so that a faint object counts as much as a bright
+    one. Pairwise edges say which neighbours are alike; this says to which side of an outline a whole region belongs.
+
+    Args:
+        mask_logits: [P, H, W].
+        colors: [P, 3, H, W].
+        weights: [P, H, W], 0 for cells that do not count.
+
+    Returns:
+        [P], in 0..1; 1 where all colours are equal.
+    """
+    mask = mask_logits.float().sigmoid().flatten(1)
+    weights = weights.to(mask.dtype).flatten(1)
+    colors = colors.float().flatten(2)
+    mean = (colors * weights[:, None]).sum(2) / weights.sum(1, keepdim=True).clamp(min=_LEAST_CELLS)
+    colors = colors - mean[:, :, None]  # also keeps the sums below small: they are differences of squares
+    variance = (colors.square().sum(1) * weights).sum(1).clamp(min=_LEAST_VARIANCE)
+    explained = torch.zeros_like(variance)
+    for region in (mask * weights, (1 - mask) * weights):
+        # Σ r ‖c − μ_r‖² = Σ r ‖c‖² − ‖Σ r c‖² / Σ r, and the first parts of both regions make up the variance.
+        sums = torch.einsum("pcn,pn->pc", colors, region)
+        explained = explained + sums.square().sum(1) / region.sum(1).clamp(min=_LEAST_CELLS)
+    return 1 - explained / variance
+
+
+class Surroundings:
+    """Colours in and around the boxes of a batch, and where an object's neighbours may be: for ``region_terms``."""
+
+    def __init__(self, batch: Batch, stride: int) -> None:
+        colors, self.stride = root_colors(batch.images, stride), stride
+        boxes_here = []
+        for targets in batch.host:
+            rows, columns = box_sides(targets.boxes, (colors.shape[2], colors.shape[3]), stride)
+            boxes_here.append(rows.float().T @ columns.float())
+        count = torch.stack(boxes_here).to(colors.device, non_blocking=True)
+        self._planes = torch.cat([colors, count[:, None], cells_valid(batch.valid, stride)[:, None]], 1)
+
+    def of(self, boxes: Tensor, windows: Tensor, image_index: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``region_terms`` needs of boxes in windows: colours [P, 3, h, w], and weights [P, h, w].
+
+        A cell counts in the box grown by ``REGION_MARGIN``, unless another box holds it, as either object may have it.
+
+        Args:
+            boxes: [P, 4] xyxy pixels.
+            windows: [P, h, w] the boxes in their windows.
+            image_index: [P].
+            origins: [P, 2] (column, row) of each window's first cell.
+        """
+        size = (windows.shape[1], windows.shape[2])
+        cut = gather_windows(self._planes, image_index, origins, size)
+        margin = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) * REGION_MARGIN
+        grown = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], 1)
+        near = box_masks(grown, size, self.stride, origins)
+        alone = cut[:, 3] <= windows
+        return cut[:, :3], near & alone & cut[:, 4].bool()
 
 
 class Owners:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses, priors
+from boxinst.colors import root_colors
 from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
@@ -215,9 +216,10 @@ def test_a_pixel_has_one_owner(model):
     model.zero_grad()
 
 
-def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
+def test_a_range_of_fill_the_region_and_a_teacher_add_their_terms(model):
     data = batch(targets("some"), targets())
     config = LossConfig(warmup_steps=0, fill_range=(0.9, 0.95), fill_weight=2.0, teacher_weight=0.5)
+    config = replace(config, region_weight=3.0)
     outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
     torch.manual_seed(5)
     other = CondInst(CONFIG).eval()
@@ -227,6 +229,15 @@ def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
     by_box = torch.tensor([False, True, True, True, True, True])  # the first has a mask
     fill = (priors.fill_terms(logits, inside, (0.9, 0.95)) * by_box).sum() / 6 * 2
     torch.testing.assert_close(terms["fill"], fill.detach(), rtol=1e-4, atol=1e-5)
+    # Over the whole map, but for cells that other boxes of the image hold.
+    cells = [inside[k : k + 3].sum(0) for k in (0, 0, 0, 3, 3, 3)]
+    colors = torch.cat([root_colors(data.images[n : n + 1], 2).expand(3, -1, -1, -1) for n in (0, 1)])
+    grown = torch.cat([t.boxes for t in data.targets])
+    margin = (grown[:, 2:] - grown[:, :2]).amax(1, keepdim=True) * priors.REGION_MARGIN
+    near = box_masks(torch.cat([grown[:, :2] - margin, grown[:, 2:] + margin], 1), (32, 32), 2)
+    alone = torch.stack(cells) <= inside
+    region = (priors.region_terms(logits, colors, near & alone) * by_box).sum() / 6 * 3
+    torch.testing.assert_close(terms["region"], region.detach(), rtol=1e-3, atol=1e-4)
     # The dice also sees the mask outside the box, of which windows hold a part.
     imitation = (priors.imitation_terms(logits, guess, inside) * by_box).sum() / 6 * 0.5
     assert float(terms["imitation"]) == pytest.approx(float(imitation.detach()), rel=0.2)
@@ -269,7 +280,8 @@ def test_the_loss_never_waits_for_the_device(model, masks):
     outputs = Outputs(moved(outputs.mask_features), dense, moved(outputs.prompt))
     with BlockingCopies() as copies:
         data = data.to("meta")
-        Criterion(CONFIG, LOSS)(outputs, data, 5)["loss"].backward()
+        ours = replace(LOSS, region_weight=1.0, overlap_weight=1.0, fill_range=(0.5, 0.8))
+        Criterion(CONFIG, ours)(outputs, data, 5)["loss"].backward()
     assert copies.found == []
     assert outputs.prompt.grad.shape == outputs.prompt.shape
     assert dense.controllers.grad.shape == dense.controllers.shape
@@ -334,6 +346,7 @@ def test_a_step_of_training_lowers_the_loss():
         ("theta", 0),
         ("fill_range", (0.8, 0.2)),
         ("overlap_weight", -1),
+        ("region_weight", -1),
     ],
 )
 def test_config_errors_name_the_option(field, value):

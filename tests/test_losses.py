@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from boxinst import losses
-from boxinst.contrast import LEAST_CONTRAST
+from boxinst.colors import LEAST_CONTRAST
 
 # ------------------------------------------------------------------------------------------------ references
 

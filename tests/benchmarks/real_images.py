@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 METRICS = ("mask_iou", "mask_ap", "mask_ap50", "box_ap")
 SHORT = "--recipe nuclei --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.views 1"
 """A quarter of the recipe's steps and views, in which the leads are compared."""
-PUBLISHED = f"{SHORT} --loss.fill-range 0 1"
+OURS_OFF = "--loss.fill-range 0 1 --loss.region-weight 0"
+"""The losses as published."""
 SMALL_NETWORK = (
     "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --model.views 1 "
-    "--loss.bottom-pixels 10 --loss.fill-range 0 1 --loss.warmup-steps 90"
-)
+    "--loss.bottom-pixels 10 --loss.warmup-steps 90 "
+) + OURS_OFF
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,25 @@ class Variant:
 
 
 VARIANTS = {
-    "short-published": Variant("nuclei", "train_boxes", "projection and pairwise loss, as published", PUBLISHED),
-    "short-fill": Variant("nuclei", "train_boxes", "+ range of fill, as in the recipe", SHORT),
+    "short-published": Variant(
+        "nuclei", "train_boxes", "projection and pairwise loss, as published", f"{SHORT} {OURS_OFF}"
+    ),
+    "short-fill": Variant("nuclei", "train_boxes", "+ range of fill", f"{SHORT} --loss.region-weight 0"),
+    "short-region": Variant("nuclei", "train_boxes", "+ colours of regions", f"{SHORT} --loss.fill-range 0 1"),
+    "short-boxes": Variant("nuclei", "train_boxes", "+ both, the recipe", SHORT),
     "short-contrast": Variant(
         "nuclei",
         "train_boxes",
-        "+ range of fill, colour distances against local contrast",
+        "recipe, colour distances against local contrast",
         f"{SHORT} --loss.contrast-reach 16 --loss.theta 0.5",
     ),
     "short-overlap": Variant(
-        "nuclei", "train_boxes", "+ range of fill, one owner per pixel", f"{SHORT} --loss.overlap-weight 0.3"
+        "nuclei", "train_boxes", "recipe, one owner per pixel", f"{SHORT} --loss.overlap-weight 0.3"
     ),
     "short-teacher": Variant(
-        "nuclei", "train_boxes", "+ range of fill, mean teacher in the second half", f"{SHORT} --loss.teacher-weight 1"
+        "nuclei", "train_boxes", "recipe, mean teacher in the second half", f"{SHORT} --loss.teacher-weight 1"
     ),
-    "short-even": Variant("nuclei", "train_even", "+ range of fill, rare types of image repeated", SHORT),
+    "short-even": Variant("nuclei", "train_even", "recipe, rare types of image repeated", SHORT),
     "short-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", SHORT),
     "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", SHORT),
     "short-masks": Variant("nuclei", "train", "all masks", SHORT),
@@ -72,8 +77,7 @@ VARIANTS = {
         "nuclei",
         "train_boxes",
         "boxes, projection loss alone",
-        "--recipe nuclei --loss.pairwise-weight 0 --loss.fill-range 0 1 --model.views 1 "
-        "--steps 900 --loss.warmup-steps 90",
+        f"--recipe nuclei --loss.pairwise-weight 0 {OURS_OFF} --model.views 1 --steps 900 --loss.warmup-steps 90",
     ),
     "nuclei-detect": Variant(
         "nuclei",
@@ -185,7 +189,8 @@ def by_type(model_folder: str, val: str, annotations: Path) -> dict[str, dict[st
             (found,) = model.segment([image], [targets.boxes])
             cards[types[image_id]].update(image_id, *image.shape[1:], found, targets)
     kept = ("instances", "mask_iou", "inscribed_ellipse_mask_iou", "mask_ap")
-    return {kind: {name: card.compute()[name] for name in kept} for kind, card in cards.items()}
+    figures = {kind: card.compute() for kind, card in cards.items()}
+    return {kind: {name: of_type[name] for name in kept} for kind, of_type in figures.items()}
 
 
 def type_table(row: dict[str, Any]) -> str:
