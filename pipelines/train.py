@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -71,18 +71,20 @@ def run(config: TrainConfig) -> TrainResult:
             GPUs; the loss became infinite.
     """
     started = time.monotonic()
+    storage.check(config.shards, config.val, settings.store())
     index, val = _open_shards(config)
     config, init = _complete(config, index)
-    folder = settings.home() / "runs" / config.name
+    folder = storage.join(settings.store(), "runs", config.name)
     previous = _check_resumable(folder, config, index.manifest.hash)
-    if (folder / RESULT).is_file():
-        return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
+    if storage.exists(storage.join(folder, RESULT)):
+        before = json.loads(storage.read_bytes(storage.join(folder, RESULT)))
+        return replace(TrainResult(**before), status="finished before")
 
     cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
-    storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
+    storage.write_bytes(storage.join(folder, RECORD), json.dumps(record, indent=2).encode())
     control = ray.remote(num_cpus=0)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
@@ -91,8 +93,10 @@ def run(config: TrainConfig) -> TrainResult:
     except KeyboardInterrupt:
         tracker.close("KILLED")
         raise
-    except Exception:
+    except Exception as error:
         tracker.close("FAILED")
+        if not isinstance(error, InputError):
+            storage.check(config.shards, config.val, settings.store())  # did it go away?
         raise
     tracker.close("FINISHED" if result.status == "finished" else "KILLED")
     return result
@@ -164,13 +168,13 @@ def _check_initial_classes(model: ModelConfig, index: ShardIndex, config: TrainC
         raise InputError(error.item, error.value, f"{error.remedy} {remedy}{len(model.classes)}.") from error
 
 
-def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> str | None:
+def _check_resumable(folder: str, config: TrainConfig, shards: str) -> str | None:
     """The MLflow run of an earlier command of this name, which must have asked for the same; None for a new name."""
-    if not (folder / RECORD).is_file():
-        if folder.exists() and any(folder.iterdir()):
+    if not storage.exists(storage.join(folder, RECORD)):
+        if next(storage.walk(folder), None):
             raise InputError("--name", f"{folder} holds something else", "Give another name, or remove that folder.")
         return None
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
     asked = json.loads(json.dumps(asdict(config)))
     for name, before, now in checkpoint.differences(record["config"], asked):
         if name.split(".")[0] not in (*MAY_CHANGE, "shards"):  # shards may have moved; what they hold counts
@@ -204,6 +208,7 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         train_loop(loop_config["job"])
 
     options = ray.data.ExecutionOptions(preserve_order=True)
+    fs, runs = storage.fs_path(storage.join(settings.store(), "runs"))
     return TorchTrainer(
         work,
         train_loop_config={"job": job},
@@ -215,7 +220,8 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
-            storage_path=str(settings.home() / "runs"),
+            storage_path=runs,
+            storage_filesystem=fs,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.num_to_keep),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -349,7 +355,7 @@ def _interrupt_asks(control: Any, bar: tqdm[Any]) -> Iterator[None]:
 # What is kept.
 
 
-def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, started: float) -> TrainResult:
+def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started: float) -> TrainResult:
     """Write the averaged model beside the checkpoints and, at the end of the training, register it."""
     config = job.config
     if fitted.checkpoint is None:
@@ -360,13 +366,14 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     model = boxinst.CondInst(config.model, pretrained=False)
     weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
     load_strict(model, weights, str(fitted.checkpoint.path))
-    boxinst.save(model, folder / MODEL)
-
     finished = learner["step"] == config.steps
-    version = ""
-    if finished and config.register:
-        tags = {"shards": job.shards_hash, "steps": str(config.steps)}
-        version = registry.register(job.run_id, folder / MODEL, config.name, metrics=metrics, tags=tags).uri
+    version, kept = "", storage.join(folder, MODEL)
+    with tempfile.TemporaryDirectory() as scratch:
+        boxinst.save(model, scratch)
+        storage.upload(scratch, kept)
+        if finished and config.register:
+            tags = {"shards": job.shards_hash, "steps": str(config.steps)}
+            version = registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags).uri
     result = TrainResult(
         status="finished" if finished else "stopped",
         steps=learner["step"],
@@ -374,9 +381,9 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         seconds=time.monotonic() - started,
         metrics=metrics,
         run_id=job.run_id,
-        model=str(folder / MODEL),
+        model=kept,
         version=version,
     )
     if finished:
-        storage.write_bytes(str(folder / RESULT), json.dumps(asdict(result), indent=2).encode())
+        storage.write_bytes(storage.join(folder, RESULT), json.dumps(asdict(result), indent=2).encode())
     return result

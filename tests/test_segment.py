@@ -40,7 +40,7 @@ def rows_of(shards: str) -> pa.Table:
 
 def masks_of(out: str) -> list[dict[str, Any]]:
     manifest = storage.read_manifest(out, "masks")
-    return [row for batch in maskrows.read(out, manifest) for row in batch.to_pylist()]
+    return [row for table in storage.row_groups(out, manifest) for row in table.to_pylist()]
 
 
 def segmenter(folder: str, resolution: Resolution | None = None) -> Segmenter:
