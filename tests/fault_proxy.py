@@ -39,7 +39,7 @@ class Faults:
     truncate: float = 0.0
     """The answer promises its whole length, and ends in the middle as if nothing were wrong."""
     shorten: float = 0.0
-    """The answer is cut in the middle and its length made to fit: only who knows the length better can tell."""
+    """The answer is cut in the middle, its length made to fit, its checksum lost: only who knows better can tell."""
     slow: float = 0.0
     """The first byte of the answer takes ``delay`` seconds."""
     delay: float = 1.0
@@ -105,7 +105,7 @@ class FaultProxy:
     done: Counter[str] = field(default_factory=Counter)
     """Requests by operation that the server has answered."""
     met: Counter[str] = field(default_factory=Counter)
-    """Faults that happened, by the name of their field; ``outage`` counts connections lost at its start."""
+    """Faults that happened, by the name of their field; ``outage`` counts the connections that were lost by it."""
     keys: list[tuple[str, str]] = field(default_factory=list)
     """(operation, bucket/key) of every request that the server has answered."""
     at_once: int = 0
@@ -115,9 +115,9 @@ class FaultProxy:
         self._rates, self._answer = Faults(), None
         self._random = random.Random(self.seed)
         self._left = self._inside = 0
+        self._away = False
         self._loop = asyncio.new_event_loop()
         self._open: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.port = 0
@@ -153,10 +153,14 @@ class FaultProxy:
         finally:
             self._answer = before
 
-    def outage(self, seconds: float) -> None:
-        """From now on, and for so long, every connection is refused; those that are open are reset."""
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.call_later, seconds, lambda: self._loop.create_task(self._listen()))
+    def outage(self, seconds: float, *, listening: bool = False) -> None:
+        """From now on, and for so long, every connection is refused; those that are open are reset.
+
+        Args:
+            seconds: until all is well again.
+            listening: somebody listens all the same, and resets what comes.
+        """
+        self._run(self._leave(seconds, listening))
 
     # In the thread of the loop.
 
@@ -169,11 +173,27 @@ class FaultProxy:
 
     async def _close(self) -> None:
         self._server.close()
-        self.met["outage"] += len(self._open)
         for writer in list(self._open):
             _reset(writer)
 
+    async def _leave(self, seconds: float, listening: bool) -> None:
+        self.met["outage"] += len(self._open)
+        await self._close()
+        self._away = listening
+        if listening:
+            await self._listen()
+        self._back = self._loop.create_task(self._return(seconds, listening))
+
+    async def _return(self, seconds: float, listening: bool) -> None:
+        await asyncio.sleep(seconds)
+        self._away = False
+        if not listening:
+            await self._listen()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._away:
+            self._fault("outage", writer)
+            return
         self._open.add(writer)
         try:
             while request := await _read_request(reader, writer):
@@ -220,6 +240,7 @@ class FaultProxy:
         if "shorten" in hit and len(body) > 1:
             self.met["shorten"] += 1
             body = body[: len(body) // 2]
+            head = re.sub(rb"(?im)^x-amz-checksum-[^\n]*\n", b"", head)
             head = re.sub(rb"(?i)content-length: \d+", f"Content-Length: {len(body)}".encode(), head)
         await _write(writer, head + body)
         return True

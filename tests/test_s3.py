@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -42,6 +43,7 @@ def test_a_profile_serves_every_library(
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # MLflow's, which reads the files once in a process
     signed: list[bytes] = []
     with proxy.answering(lambda request: signed.append(request.head)):  # type: ignore[func-returns-value]
         storage.check(s3)
@@ -50,8 +52,9 @@ def test_a_profile_serves_every_library(
         fs, path = storage.fs_path(f"{s3}/a.parquet")
         pq.write_table(TABLE, path, filesystem=fs)
         assert pq.read_table(path, filesystem=fs).equals(TABLE)
-        from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
+        from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository, _cached_get_s3_client
 
+        _cached_get_s3_client.cache_clear()
         (tmp_path / "model.bin").write_bytes(b"by MLflow")
         S3ArtifactRepository(f"{s3}/mlartifacts").log_artifact(str(tmp_path / "model.bin"))
     assert storage.read_bytes(f"{s3}/mlartifacts/model.bin") == b"by MLflow"
@@ -101,11 +104,8 @@ def pages(total: int, size: int = 1000) -> object:
             for k in range(start, stop)
         )
         more = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < total else ""
-        truncated = str(stop < total).lower()
-        body = (
-            f"<ListBucketResult><Name>b</Name><IsTruncated>{truncated}</IsTruncated>{entries}{more}</ListBucketResult>"
-        )
-        return 200, {}, body.encode()
+        said = f"<Name>b</Name><IsTruncated>{str(stop < total).lower()}</IsTruncated>{entries}{more}"
+        return 200, {}, f"<ListBucketResult>{said}</ListBucketResult>".encode()
 
     return answer
 
