@@ -98,10 +98,8 @@ def main() -> None:
             words = [sys.executable, __file__, "--measure", name, str(number)]
             said = subprocess.run(words, env=os.environ | keys | address, capture_output=True, text=True, check=True)
             before, after, seconds = map(float, said.stdout.split())
-            print(
-                f"| {number:,} | {way} | {before:.0f} | {after:.0f} | {after - before:.1f} | {seconds:.1f} |",
-                flush=True,
-            )
+            memory = f"{before:.0f} | {after:.0f} | {after - before:.1f}"
+            print(f"| {number:,} | {way} | {memory} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
