@@ -84,7 +84,11 @@ def split(uri: str) -> tuple[str, str]:
 
 def client() -> S3Client:
     """boto3's client, as the environment is now."""
-    return _client(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+    return _client(_environment())
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
 
 
 @functools.lru_cache(maxsize=8)
@@ -114,11 +118,12 @@ def where() -> str:
 
 def filesystem() -> pafs.FileSystem:
     """Arrow's file system, by the same endpoint, region and credentials as ``client``."""
-    return _filesystem(endpoint(), client().meta.region_name, os.environ.get("AWS_CA_BUNDLE"), ARROW_ATTEMPTS)
+    options = endpoint(), client().meta.region_name, os.environ.get("AWS_CA_BUNDLE"), ARROW_ATTEMPTS
+    return _filesystem(_environment(), options)
 
 
 @functools.lru_cache(maxsize=8)
-def _filesystem(*options: Any) -> pafs.FileSystem:
+def _filesystem(environment: tuple[tuple[str, str], ...], options: tuple[Any, ...]) -> pafs.FileSystem:
     return ArrowS3(*options)
 
 

@@ -180,16 +180,18 @@ def walk(uri: str) -> Iterator[tuple[str, Entry]]:
         if is_s3(uri):
             yield from s3.walk(uri)
             return
-        root = _local(uri)
-        for folder, _, names in os.walk(root, onerror=_unless_missing):
+        root = str(_local(uri))
+        for folder, _, names in os.walk(root, onerror=_unless_missing, followlinks=True):
             for name in names:
-                path = Path(folder, name)
-                about = path.stat()
-                yield path.relative_to(root).as_posix(), Entry(about.st_size, about.st_mtime_ns)
+                path = os.path.join(folder, name)
+                if os.path.exists(path):  # a link may lead nowhere
+                    about = os.stat(path)
+                    yield os.path.relpath(path, root), Entry(about.st_size, about.st_mtime_ns)
 
 
 def _unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    """``os.walk`` passes over what it cannot read unless told otherwise."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
 
