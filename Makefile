@@ -35,8 +35,8 @@ format: setup  ## correct what ruff can correct
 	$(BIN)/ruff format
 
 lock: setup  ## resolve the dependencies anew into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra mongo --extra server -o requirements.lock \
-	  --python-version 3.11 --no-emit-index-url --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra mongo -o requirements.lock --python-version 3.11 \
+	  --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
