@@ -22,6 +22,7 @@ from pipelines import settings, storage
 
 _PARAMS_PER_BATCH = 100  # MLflow's own limit
 _PARAM_LENGTH = 6000  # likewise
+_TAG_LENGTH = 8000  # likewise
 
 # Creating the SQLite database prints a page of migrations, which tells a user nothing; a gate's table tells more.
 for _name in ("alembic", "mlflow.store.db.utils", "mlflow.models.evaluation.validation"):
@@ -85,6 +86,10 @@ class Run:
         """Record ``values`` at ``step``; a value may be a Python number or a scalar tensor."""
         now = get_current_time_millis()
         self._client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags, over those the run has."""
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v[:_TAG_LENGTH]) for k, v in tags.items()])
 
     def image(self, image: Tensor, path: str) -> None:
         """Record a picture (u8 [3, H, W], RGB) as the artifact ``path``, for example "validation/00100.png"."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -59,6 +59,8 @@ class TrainResult:
     """Folder of the model (averaged weights), as ``boxinst.load`` reads it."""
     version: str
     """Address of the registered version, models:/NAME/VERSION; empty where none was registered."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong at its end, and which option to change."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -68,23 +70,24 @@ def run(config: TrainConfig) -> TrainResult:
 
     Raises:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
-            GPUs; the loss became infinite.
+            GPUs; a loss or gradient that is not finite.
     """
     started = time.monotonic()
     storage.check(config.shards, config.val, settings.store())
     index, val = _open_shards(config)
     config, init = _complete(config, index)
     folder = storage.join(settings.store(), "runs", config.name)
-    previous = _check_resumable(folder, config, index.manifest.hash)
+    previous, changes = _check_resumable(folder, config, index.manifest.hash)
     if storage.exists(storage.join(folder, RESULT)):
         before = json.loads(storage.read_bytes(storage.join(folder, RESULT)))
         return replace(TrainResult(**before), status="finished before")
 
     cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
-    tracker = _track(config, index, val, previous)
+    tracker = _track(config, index, val, previous, changes)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(storage.join(folder, RECORD), json.dumps(record, indent=2).encode())
+    _forget_removed_checkpoints(folder)
     control = ray.remote(num_cpus=0)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
@@ -94,6 +97,7 @@ def run(config: TrainConfig) -> TrainResult:
         tracker.close("KILLED")
         raise
     except Exception as error:
+        tracker.tag({"failure": str(error)})
         tracker.close("FAILED")
         if not isinstance(error, InputError):
             storage.check(config.shards, config.val, settings.store())  # did it go away?
@@ -168,15 +172,17 @@ def _check_initial_classes(model: ModelConfig, index: ShardIndex, config: TrainC
         raise InputError(error.item, error.value, f"{error.remedy} {remedy}{len(model.classes)}.") from error
 
 
-def _check_resumable(folder: str, config: TrainConfig, shards: str) -> str | None:
-    """The MLflow run of an earlier command of this name, which must have asked for the same; None for a new name."""
+def _check_resumable(folder: str, config: TrainConfig, shards: str) -> tuple[str | None, dict[str, str]]:
+    """The MLflow run of an earlier command of this name, None for a new name; and what is asked otherwise now."""
     if not storage.exists(storage.join(folder, RECORD)):
         if next(storage.walk(folder), None):
             raise InputError("--name", f"{folder} holds something else", "Give another name, or remove that folder.")
-        return None
+        return None, {}
     record = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
     asked = json.loads(json.dumps(asdict(config)))
+    changes = {}
     for name, before, now in checkpoint.differences(record["config"], asked):
+        changes[name] = f"{before} → {now}"
         if name.split(".")[0] not in (*MAY_CHANGE, "shards"):  # shards may have moved; what they hold counts
             option = f"--{name.replace('_', '-')}"
             value = f"{now}, but the run {config.name} has {before}"
@@ -184,15 +190,18 @@ def _check_resumable(folder: str, config: TrainConfig, shards: str) -> str | Non
     if record["shards"] != shards:
         value = f"{config.shards} has the hash {shards}, but the run {config.name} has {record['shards']}"
         raise InputError("--shards", value, "Give the shards that run was started with, or another --name.")
-    return record["run_id"]
+    return record["run_id"], changes
 
 
-def _track(config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_id: str | None) -> tracking.Run:
-    """The MLflow run, with all that makes it repeatable."""
+def _track(
+    config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_id: str | None, changes: dict[str, str]
+) -> tracking.Run:
+    """The MLflow run, with all that makes it repeatable; its parameters are the first command's, changes are tags."""
     params = {**asdict(config), "shards_hash": index.manifest.hash, "shards_counts": index.manifest.counts}
     if val is not None:
         params["val_hash"] = val.manifest.hash
-    return tracking.Run.start(config.name, experiment=config.name, params=params, run_id=run_id)
+    tags = {f"changed.{name}": change for name, change in changes.items()}
+    return tracking.Run.start(config.name, experiment=config.name, params=params, tags=tags, run_id=run_id)
 
 
 # The workers.
@@ -231,6 +240,21 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     )
 
 
+def _forget_removed_checkpoints(folder: str) -> None:
+    """So that a run goes on from an earlier checkpoint when later ones were removed, which Ray by itself refuses."""
+    path = storage.join(folder, "checkpoint_manager_snapshot.json")
+    if not storage.exists(path):
+        return
+    state = json.loads(storage.read_bytes(path))
+    both = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
+    there = [(r, i) for r, i in both if storage.exists(storage.join(folder, r["checkpoint_dir_name"]))]
+    if len(there) < len(state["checkpoint_results"]):
+        state["checkpoint_results"] = [result for result, _ in there]
+        state["checkpoint_report_indices"] = [index for _, index in there]
+        state["latest_checkpoint_result"] = there[-1][0] if there else None
+        storage.write_bytes(path, json.dumps(state).encode())
+
+
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     """What makes the dataset of augmented samples, from the step that training begins at to the last.
 
@@ -258,8 +282,9 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
 
     def augment_behind(table: pa.Table) -> pa.Table:
         # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for
-        # samples it leaves the cores to this process anyway.
-        os.nice(19)
+        # samples it leaves the cores to this process anyway. Not the lowest priority: beside other work on the machine
+        # that would hardly ever run, and the training would wait for it.
+        os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), 5))
         return augment(table)
 
     def make() -> ray.data.Dataset:
@@ -303,6 +328,7 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.tra
     # In a thread: in the main one, Ray would install a handler of its own for Ctrl-C, which aborts.
     thread = threading.Thread(target=fit, daemon=True)
     seconds = 0.5 if sys.stderr.isatty() else 15  # lines of a log file are not overwritten
+    told: set[str] = set()
     with (
         tqdm(total=config.steps, desc=f"train {config.name}", unit="step", mininterval=seconds) as bar,
         _interrupt_asks(control, bar),
@@ -311,6 +337,10 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.tra
         while thread.is_alive():
             thread.join(0.5)
             _show(bar, ray.get(control.shown.remote()))
+            warnings = ray.get(control.warnings.remote())
+            for kind in warnings.keys() - told:
+                bar.write(f"Warning: {warnings[kind]}", file=sys.stderr)
+            told = set(warnings)
     if failure := ray.get(control.failure.remote()):
         raise InputError(*failure)
     (got,) = outcome
@@ -362,7 +392,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
         raise RuntimeError(f"Ray Train ended without a checkpoint in {folder}.")
     with fitted.checkpoint.as_directory() as path:
         state = checkpoint.load(path)
-    learner, metrics = state["learner"], state["metrics"]
+    learner, metrics, journal = state["learner"], state["metrics"], state.get("journal", {})
     model = boxinst.CondInst(config.model, pretrained=False)
     weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
     load_strict(model, weights, str(fitted.checkpoint.path))
@@ -383,6 +413,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
         run_id=job.run_id,
         model=kept,
         version=version,
+        warnings=list(journal.get("warnings", {}).values()),
     )
     if finished:
         storage.write_bytes(storage.join(folder, RESULT), json.dumps(asdict(result), indent=2).encode())
