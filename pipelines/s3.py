@@ -190,11 +190,23 @@ def patiently(operation: Callable[[], T], seconds: float | None = None, *, quiet
         Exception: the last one of ``operation``.
     """
     limit = PATIENCE if seconds is None else seconds
+    told = False
+
+    def tell(state: RetryCallState) -> None:
+        """Tell the user, once, why nothing happens."""
+        nonlocal told
+        pause = state.next_action.sleep if state.next_action else 0.0
+        if told or state.outcome is None or (state.seconds_since_start or 0.0) + pause < quiet:
+            return
+        told = True
+        why = cause(state.outcome.exception())
+        print(f"S3 at {where()} fails ({why}). Trying again for up to {limit:.0f} s.", file=sys.stderr, flush=True)
+
     attempts = Retrying(
         retry=retry_if_exception(passes),
         wait=wait_random_exponential(multiplier=0.2, max=LONGEST_PAUSE),
         stop=stop_after_delay(limit),
-        before_sleep=functools.partial(_say, limit, quiet),
+        before_sleep=tell,
         reraise=True,
     )
     return attempts(operation)
@@ -210,15 +222,6 @@ def passes(error: BaseException) -> bool:
     if isinstance(error, broken):
         return True
     return isinstance(error, OSError) and bool(_PASSING_IN_ARROW.search(str(error)))
-
-
-def _say(limit: float, quiet: float, state: RetryCallState) -> None:
-    """Tell the user, once, why nothing happens."""
-    pause = state.next_action.sleep if state.next_action else 0.0
-    waited = state.seconds_since_start or 0.0
-    if waited <= quiet < waited + pause and state.outcome is not None:
-        why = cause(state.outcome.exception())
-        print(f"S3 at {where()} fails ({why}). Trying again for up to {limit:.0f} s.", file=sys.stderr, flush=True)
 
 
 def code(error: ClientError) -> str:
