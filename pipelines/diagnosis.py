@@ -118,6 +118,8 @@ def _refusal(item: str, where: str, error: ClientError) -> InputError:
         return InputError(item, f"{where} {_KEYS[code]} ({code})", _KEYS_REMEDY)
     if s3.passes(error):
         remedy = "Wait until it is well, or ask less of it at once. The same command then goes on."
+        if code.isdigit():  # S3 itself gives errors a name
+            remedy = "Wait until it is well, or correct AWS_ENDPOINT_URL: perhaps what answers there does not speak S3."
         return InputError(item, f"{where} keeps failing ({code})", remedy)
     remedy = "Correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the rights of that user on the bucket."
     return InputError(item, f"refused by {where} ({code})", remedy)

@@ -40,6 +40,12 @@ def s3_proxy() -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="session")
+def s3_address(s3_proxy: FaultProxy) -> str:
+    """Where the S3 server is asked."""
+    return s3_proxy.address
+
+
+@pytest.fixture(scope="session")
 def _s3_server(s3_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An S3 server in a process of its own."""
     port = int(s3_proxy.upstream.rsplit(":", 1)[1])

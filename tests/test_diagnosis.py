@@ -57,7 +57,7 @@ ANSWERS = [
     ),
     (fails(503, "SlowDown"), r"http://127\S+ keeps failing \(SlowDown\)\. Wait"),
     ((200, {}, b"<html>Welcome to nginx!</html>"), r"does not speak S3\. Correct AWS_ENDPOINT_URL"),
-    ((200, {}, b"Welcome!"), r"does not speak S3\. Correct AWS_ENDPOINT_URL"),
+    ((200, {}, b"Welcome!"), r"correct AWS_ENDPOINT_URL: perhaps what answers there does not speak S3"),
 ]
 
 

@@ -18,9 +18,15 @@ import pyarrow as pa
 import pytest
 from fault_proxy import FaultProxy, Faults
 
+import boxinst
 from boxinst.errors import InputError
-from pipelines import feed, shards, storage
+from pipelines import feed, storage
+from pipelines.config import Resolution, SegmentConfig, ShardConfig
 from pipelines.schema import SHARD_SCHEMA, Category, Manifest
+from pipelines.segment import run as run_segment
+from pipelines.segmenter import Segmenter
+from pipelines.shards import _read_images
+from pipelines.shards import run as run_shards
 from pipelines.synthetic import SyntheticCorpus
 
 SCHEMA = pa.schema([("n", pa.int64()), ("image", pa.binary())])
@@ -129,7 +135,7 @@ def test_a_longer_outage_names_the_server(proxy: FaultProxy, s3: str, monkeypatc
 
 
 def test_images_are_read_a_few_at_a_time(proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "READ_AHEAD", 4)
+    monkeypatch.setattr("pipelines.shards.READ_AHEAD", 4)
     for k in range(12):
         storage.write_bytes(f"{s3}/images/{k}", bytes([k]) * 10)
     names = [str(k) for k in range(12)]
@@ -138,7 +144,7 @@ def test_images_are_read_a_few_at_a_time(proxy: FaultProxy, s3: str, monkeypatch
     proxy.at_once = 0
     proxy.done.clear()
     with proxy.faults(Faults(slow=1, delay=0.1)):
-        found = [data for _, data in shards._read_images(plan, f"{s3}/images")]
+        found = [data for _, data in _read_images(plan, f"{s3}/images")]
     assert found == [bytes([k]) * 10 for k in range(12)]
     assert 1 < proxy.at_once <= 4
     assert proxy.done == {"GetObject": 12}, "one request for an image"
@@ -166,6 +172,36 @@ def test_a_row_group_comes_in_few_requests(proxy: FaultProxy, s3: str) -> None:
         assert index.read(index.starts[:1]).to_pylist() == [row]
     assert proxy.met["truncate"] == 1
     assert proxy.done["GetObject"] <= 4, "the directory and ten columns, and once more what was cut off"
+
+
+# The stages
+
+ROUGH = Faults(throttle=0.1, reset=0.1, truncate=0.1)
+
+
+def test_shards_and_masks_are_the_same_under_faults(
+    s3_proxy: FaultProxy, s3: str, corpus: SyntheticCorpus, shards: dict[str, str], tiny_model: str
+) -> None:
+    for path in Path(corpus.images).iterdir():
+        storage.write_bytes(f"{s3}/images/{path.name}", path.read_bytes())
+    storage.write_bytes(f"{s3}/val.json", Path(corpus.val).read_bytes())
+    before = s3_proxy.met.copy()
+    with s3_proxy.faults(ROUGH):  # the session's, which Ray's workers ask
+        made = run_shards(ShardConfig(f"{s3}/val.json", f"{s3}/images", f"{s3}/shards"))
+        masks = run_segment(SegmentConfig(tiny_model, f"{s3}/shards", f"{s3}/masks", coco=f"{s3}/results.json"))
+    met = s3_proxy.met - before
+    assert met["throttle"] and met["reset"] and met["truncate"], met
+
+    wanted = storage.read_manifest(shards["val"])
+    assert (made.hash, made.counts) == (wanted.hash, wanted.counts)
+    images = pa.concat_tables(storage.row_groups(shards["val"], wanted))
+    calm = Segmenter(lambda: boxinst.load(tiny_model), Resolution(0, 1333), "stored")(images).to_pylist()
+    rows = pa.concat_tables(storage.row_groups(f"{s3}/masks", masks)).to_pylist()
+    assert [row["annotation_id"] for row in rows] == [n for row in calm for n in row["annotation_id"]]
+    assert [row["mask"] for row in rows] == [mask for row in calm for mask in row["mask"]]
+    assert masks.counts["boxes"] == made.counts["boxes"] == len(json.loads(storage.read_bytes(f"{s3}/results.json")))
+    left = set(storage.list_files(f"{s3}/masks"))
+    assert left == {"manifest.json", *(file.path for file in masks.files)}
 
 
 # The whole path
@@ -203,7 +239,7 @@ out = walk.go(path)
 with open(result, "w") as file:
     json.dump(asdict(out), file)
 """
-MIXED = Faults(throttle=0.03, refuse=0.03, reset=0.03, truncate=0.05, slow=0.05, delay=1.0)
+MIXED = Faults(throttle=0.03, refuse=0.03, reset=0.05, truncate=0.05, slow=0.05, delay=1.0)
 OUTAGE = 20.0
 
 
