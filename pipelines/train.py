@@ -97,7 +97,7 @@ def run(config: TrainConfig) -> TrainResult:
         tracker.close("KILLED")
         raise
     except Exception as error:
-        tracker.tag({"failure": str(error)})
+        tracker.tag({"failure": storage.redact(str(error))})
         tracker.close("FAILED")
         if not isinstance(error, InputError):
             storage.check(config.shards, config.val, settings.store())  # did it go away?
