@@ -27,7 +27,14 @@ class SubmitConfig:
     """The dashboard of the cluster's head node, http://HOST:8265."""
     working_dir: str = "."
     """Folder that is shipped and that the command runs in. Data is not: give paths that every node can read."""
-    env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
+    env: tuple[str, ...] = (
+        "AWS_ENDPOINT_URL",
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+        "MLFLOW_TRACKING_URI",
+        "BOXINST_HOME",
+        "BOXINST_STORE",
+    )
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster's
     dashboard shows them, so name keys only where the nodes have no credentials of their own."""
 
