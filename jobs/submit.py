@@ -17,6 +17,7 @@ from boxinst.errors import InputError
 from jobs import cli, options
 
 JUNK = [".git", ".venv", "boxinst-home", "__pycache__", "*.egg-info", ".*_cache"]  # beside .gitignore and .rayignore
+REGION = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 @dataclass
@@ -27,14 +28,7 @@ class SubmitConfig:
     """The dashboard of the cluster's head node, http://HOST:8265."""
     working_dir: str = "."
     """Folder that is shipped and that the command runs in. Data is not: give paths that every node can read."""
-    env: tuple[str, ...] = (
-        "AWS_ENDPOINT_URL",
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-        "MLFLOW_TRACKING_URI",
-        "BOXINST_HOME",
-        "BOXINST_STORE",
-    )
+    env: tuple[str, ...] = ("AWS_ENDPOINT_URL", *REGION, "MLFLOW_TRACKING_URI", "BOXINST_HOME", "BOXINST_STORE")
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster's
     dashboard shows them, so name keys only where the nodes have no credentials of their own."""
 
@@ -61,9 +55,7 @@ def main(argv: Sequence[str]) -> int:
         client = JobSubmissionClient(config.address)
         job = client.submit_job(entrypoint=shlex.join(["python", "-m", "jobs.cli", *words]), runtime_env=runtime_env)
     except (ConnectionError, AuthenticationError) as error:
-        remedy = (
-            "Check that the cluster runs, its address, and its token (RAY_AUTH_TOKEN; its head's ~/.ray/auth_token)."
-        )
+        remedy = "Check that it runs, its address, and its token (RAY_AUTH_TOKEN; its head's ~/.ray/auth_token)."
         raise InputError("--address", f"{config.address}: {str(error).splitlines()[0]}", remedy) from error
     except ValueError as error:  # the folder is absent or larger than the cluster takes
         raise InputError("--working-dir", f"{config.working_dir} ({error})", "Give a folder of code alone.") from error

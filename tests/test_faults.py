@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -229,15 +230,15 @@ promote:
   tolerance: 1.0
 """
 WALK = """
-import json, sys
+import pickle, sys
 from dataclasses import asdict
 from jobs import walk
 
 corpus, recipe, folder, result = sys.argv[1:]
 path = walk.Walk("circle", recipe, folder, walk.find_corpus(corpus))
 out = walk.go(path)
-with open(result, "w") as file:
-    json.dump(asdict(out), file)
+with open(result, "wb") as file:
+    pickle.dump(asdict(out) | {"verdicts": dict(out.verdicts)}, file)
 """
 MIXED = Faults(throttle=0.03, refuse=0.03, reset=0.05, truncate=0.05, slow=0.05, delay=1.0)
 OUTAGE = 20.0
@@ -249,7 +250,7 @@ def walked(proxy: FaultProxy, bucket: str, corpus: SyntheticCorpus, home: Path) 
         storage.write_bytes(f"{bucket}/corpus/{path.relative_to(Path(corpus.images).parent)}", path.read_bytes())
     home.mkdir()
     (home / "recipe.yaml").write_text(RECIPE)
-    words = [f"{bucket}/corpus", str(home / "recipe.yaml"), f"{bucket}/demo", str(home / "result.json")]
+    words = [f"{bucket}/corpus", str(home / "recipe.yaml"), f"{bucket}/demo", str(home / "result")]
     variables = {"BOXINST_HOME": str(home), "BOXINST_STORE": f"{bucket}/store", "AWS_ENDPOINT_URL": proxy.address}
     with (home / "log").open("wb") as log:
         done = subprocess.run(
@@ -258,7 +259,7 @@ def walked(proxy: FaultProxy, bucket: str, corpus: SyntheticCorpus, home: Path) 
     said = (home / "log").read_text()
     assert done.returncode == 0, said[-5000:]
     assert "testing-secret" not in said
-    return json.loads((home / "result.json").read_text())
+    return pickle.loads((home / "result").read_bytes())
 
 
 def when(proxy: FaultProxy, key: str, then: Callable[[], None]) -> threading.Thread:
