@@ -48,7 +48,8 @@ On your own data:
 
 Every option has a default or says that it is required; --recipe NAME|FILE sets many at once. Paths may be
 folders or s3://bucket/prefix. A model is a folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/PATH.
-What the commands keep (tracking, models, runs, cache) lies under BOXINST_HOME, ./boxinst-home by default.
+What the commands keep (tracking, models, runs, cache) lies under BOXINST_HOME, ./boxinst-home by default; what is
+large of it under BOXINST_STORE where that is set, which may be s3://bucket/prefix.
 """
 
 

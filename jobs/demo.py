@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from boxinst.errors import InputError
 from jobs import cli, options
@@ -24,7 +24,7 @@ class DemoConfig:
     """What to walk through."""
 
     corpus: str = ""
-    """Folder with images/ and annotations/instances_{train,val}.json; empty draws a small corpus."""
+    """Folder or s3:// prefix with images/ and annotations/instances_{train,val}.json; empty draws a small corpus."""
     recipe: str = "demo"
     """Recipe of every step: demo, nuclei, or a YAML file of your own."""
     name: str = ""
@@ -41,18 +41,18 @@ def main(argv: Sequence[str]) -> int:
     """Walk as ``argv`` asks."""
     config = options.parse(DemoConfig, argv, command="demo", about=__doc__)
     from jobs import findings, walk
-    from pipelines import synthetic
+    from pipelines import storage, synthetic
 
-    name = config.name or (Path(config.corpus).resolve().name if config.corpus else "shapes")
-    folder = settings.home() / "demo" / name
-    drawn = folder / "corpus"
+    name = config.name or (PurePosixPath(storage.absolute(config.corpus)).name if config.corpus else "shapes")
+    folder = storage.join(settings.store(), "demo", name)
+    drawn = settings.home() / "demo" / name / "corpus"
     if not config.corpus and not (drawn / "annotations" / "instances_val_boxes.json").exists():  # the last one written
         synthetic.write(synthetic.SyntheticConfig(out=str(drawn)))
-    corpus = walk.find_corpus(config.corpus or walk.near(drawn))
+    corpus = walk.find_corpus(config.corpus or walk.near(str(drawn)))
     steps = ["--steps", str(config.steps)] if config.steps else []
     path = walk.Walk(name, config.recipe, folder, corpus, steps)
     outcome = walk.go(path)
-    (folder / "report.html").write_text(findings.report(path, outcome).html())
+    storage.write_bytes(path.at("report.html"), findings.report(path, outcome).html().encode())
     print(f"\n{findings.table(path, outcome)}")
     review = ["boxinst", "review", "--masks", path.at("masks"), "--shards", path.at("shards", "train")]
     cli.close("a report", path.at("report.html"), then=shlex.join([*review, "--dataset", name, "--app"]))

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,8 +91,7 @@ def pictures(walk: Walk, out: Outcome) -> list[list[tuple[str, bytes]]]:
     resolution = Resolution(asked.get("short_side", 0), asked.get("max_side", 1333))
     count = out.val.counts["images"]
     chosen = {k * count // PICTURES for k in range(min(PICTURES, count))}
-    files = storage.shard_files(walk.at("shards", "val"), out.val)
-    rows = (row for path in files for batch in pq.ParquetFile(path).iter_batches(8) for row in batch.to_pylist())
+    rows = (row for table in storage.row_groups(walk.at("shards", "val"), out.val) for row in table.to_pylist())
     return [_picture(model, row, resolution, out.val.exif) for k, row in enumerate(rows) if k in chosen]
 
 

@@ -9,6 +9,7 @@ normalisation that the checkpoint was trained with are taken care of.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,11 @@ class ImportConfig:
     layout: Annotated[Literal["adelaidet", "mmdet"], tyro.conf.arg(name="from")]
     """Whose checkpoint it is: AdelaiDet's, or MMDetection 3's."""
     out: str
-    """Folder of the model."""
+    """Folder or s3:// prefix of the model."""
     classes: tuple[str, ...] = ()
     """Names of the classes in label order, or a file with a name on each line. COCO's 80 when not given."""
     overwrite: bool = False
     """Replace a model that is already in that folder."""
-
-    def __post_init__(self) -> None:
-        folder = Path(self.out)
-        if folder.exists() and not (folder.is_dir() and (self.overwrite or not any(folder.iterdir()))):
-            raise InputError("--out", self.out, "It is there already: give another folder, or --overwrite.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,9 +49,15 @@ def main(argv: Sequence[str]) -> int:
     """Import the checkpoint that ``argv`` names."""
     config = options.parse(ImportConfig, argv, command="import", about=__doc__)
     from boxinst import weights
+    from pipelines import storage
 
+    storage.check(config.out)
+    if not config.overwrite and next(storage.walk(config.out), None):
+        raise InputError("--out", config.out, "It is there already: give another folder, or --overwrite.")
     model, notes = weights.import_checkpoint(config.layout, config.checkpoint, config.names or None)
-    weights.save(model, config.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights.save(model, scratch)
+        storage.upload(scratch, config.out)
     for note in notes:
         print(note)
     network = f"{model.config.backbone}, {cli.count(len(model.config.classes), 'class')}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
 from boxinst import rle
 from pipelines import coco, storage
+from pipelines.schema import Manifest
 from pipelines.verdicts import Verdict
 
 GOOD, BAD = 0.8, 0.5
@@ -20,17 +19,16 @@ CONSISTENT, INCONSISTENT = 0.9, 0.7
 _COLUMNS = ["annotation_id", "width", "height", "mask", "box_iou", "status"]
 
 
-def verdicts(mask_files: Sequence[str], annotations: str) -> dict[int, Verdict]:
+def verdicts(masks: str, manifest: Manifest, annotations: str) -> dict[int, Verdict]:
     """A verdict for every mask row.
 
     Args:
-        mask_files: the Parquet files of an artefact of ``boxinst segment``.
+        masks: an artefact of ``boxinst segment``.
+        manifest: its manifest.
         annotations: COCO JSON of the same corpus, with masks or without.
     """
     truth = true_masks(annotations)
-    rows: Iterable[dict[str, Any]] = (
-        row for path in mask_files for row in pq.read_table(path, columns=_COLUMNS).to_pylist()
-    )
+    rows = (row for table in storage.row_groups(masks, manifest, _COLUMNS) for row in table.to_pylist())
     return {row["annotation_id"]: _judge(row, truth.get(row["annotation_id"])) for row in rows}
 
 

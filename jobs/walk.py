@@ -31,8 +31,8 @@ class Walk:
     name: str
     """Of the run, the registered model and the review."""
     recipe: str
-    folder: Path
-    """Where shards, masks, the next corpus and the report go."""
+    folder: str
+    """Where shards, masks, the next corpus and the report go: a folder or s3:// prefix."""
     corpus: SyntheticCorpus
     train_words: Sequence[str] = ()
     """More options for ``train``."""
@@ -40,7 +40,7 @@ class Walk:
 
     def at(self, *parts: str) -> str:
         """A place below the walk's folder."""
-        return near(self.folder.joinpath(*parts))
+        return near(storage.join(self.folder, *parts))
 
     def command(
         self,
@@ -82,9 +82,9 @@ class Outcome:
     champion: registry.Version
 
 
-def near(path: Path) -> str:
-    """``path`` as one would type it: relative where it lies below the working directory."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+def near(uri: str) -> str:
+    """``uri`` as one would type it: relative where it lies below the working directory."""
+    return os.path.relpath(uri) if Path(uri).is_relative_to(Path.cwd()) else uri
 
 
 def find_corpus(folder: str) -> SyntheticCorpus:
@@ -95,19 +95,18 @@ def find_corpus(folder: str) -> SyntheticCorpus:
     Raises:
         InputError: a part is missing.
     """
-    root = Path(folder)
+    storage.check(folder)
     found = {}
     for split in ("train", "val"):
-        whole, twin = (root / "annotations" / f"instances_{split}{ending}.json" for ending in ("", "_boxes"))
-        found[split], found[f"{split}_boxes"] = (
-            str(whole if whole.exists() else twin),
-            str(twin if twin.exists() else whole),
-        )
-    for path in (str(root / "images"), *found.values()):
-        if not Path(path).exists():
+        whole, twin = (storage.join(folder, "annotations", f"instances_{split}{end}.json") for end in ("", "_boxes"))
+        found[split] = whole if storage.exists(whole) else twin
+        found[f"{split}_boxes"] = twin if storage.exists(twin) else whole
+    images = storage.join(folder, "images")
+    for path in (images, *found.values()):
+        if not storage.exists(path):
             remedy = "Give a folder with images/, annotations/instances_train.json and annotations/instances_val.json."
             raise InputError("--corpus", f"{path} does not exist", remedy)
-    return SyntheticCorpus(images=str(root / "images"), **found)
+    return SyntheticCorpus(images=images, **found)
 
 
 def go(walk: Walk) -> Outcome:
@@ -191,7 +190,7 @@ def _review(walk: Walk, masks: Manifest) -> Counter[str]:
     ids = selection.select(config.masks, masks, limit=config.limit, audit=config.audit, seed=config.seed).ids
 
     def judge() -> Counter[str]:
-        said = reviewer.verdicts(storage.shard_files(config.masks, masks), walk.corpus.train)
+        said = reviewer.verdicts(config.masks, masks, walk.corpus.train)
         chosen = {int(annotation): said[int(annotation)] for annotation in ids}
         review.tag(walk.name, chosen)
         return Counter(chosen.values())

@@ -50,6 +50,8 @@ def start(*, cpus: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
+    # Storage is patient itself; ten times over would take half an hour to say that a server is gone.
+    context.retried_io_errors = ["SLOW_DOWN", "NO_SUCH_UPLOAD"]
 
 
 def elsewhere() -> bool:

@@ -21,7 +21,7 @@ class ShardConfig:
     images: str
     """Folder or s3:// prefix below which the JSON's file names are found."""
     out: str | None = None
-    """Output folder or s3:// prefix; BOXINST_HOME/shards/<name of the JSON file> when not given."""
+    """Output folder or s3:// prefix; BOXINST_STORE/shards/<name of the JSON file> when not given."""
     target_mb: int = 128
     """Image bytes of a shard in megabytes. Smaller shards spread a small corpus over more workers."""
     exif: Literal["stored", "applied"] = "stored"
@@ -38,7 +38,7 @@ class ShardConfig:
     @property
     def output(self) -> str:
         """Where the shards go."""
-        return self.out or str(settings.home() / "shards" / PurePosixPath(self.annotations).stem)
+        return self.out or f"{settings.store()}/shards/{PurePosixPath(self.annotations).stem}"
 
 
 MAY_CHANGE = (
@@ -298,7 +298,7 @@ class SegmentConfig:
     shards: str
     """Folder or s3:// prefix that `boxinst shard` wrote."""
     out: str | None = None
-    """Output folder or s3:// prefix; BOXINST_HOME/masks/<name of the shards' folder> when not given."""
+    """Output folder or s3:// prefix; BOXINST_STORE/masks/<name of the shards' folder> when not given."""
     coco: str | None = None
     """Also write COCO results JSON to this file: one entry for every box, with its annotation_id."""
     short_side: int = 0
@@ -326,7 +326,7 @@ class SegmentConfig:
     @property
     def output(self) -> str:
         """Where the mask rows go."""
-        return self.out or str(settings.home() / "masks" / self.shards.rstrip("/").rsplit("/", 1)[-1])
+        return self.out or f"{settings.store()}/masks/{PurePosixPath(self.shards).name}"
 
 
 @dataclass(frozen=True)

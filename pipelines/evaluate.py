@@ -28,6 +28,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     Raises:
         InputError: something about the model, the shards or the cluster that its owner has to change.
     """
+    storage.check(config.shards, config.model)
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
@@ -65,10 +66,11 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     )
     card = Scorecard(model.classes, config.mode, config.max_detections, config.baselines)
     images, seconds = 0, 0.0
-    for row in scores.iter_rows():
-        card.merge(row["scores"])
-        images += row["images"]
-        seconds += row["seconds"]
+    with storage.explained(config.shards):
+        for row in scores.iter_rows():
+            card.merge(row["scores"])
+            images += row["images"]
+            seconds += row["seconds"]
     if images != shards.counts["images"]:
         raise RuntimeError(f"the shards hold {shards.counts['images']} images, {images} were scored")
     figures = card.compute() | {"images": float(images)}

@@ -10,6 +10,7 @@ would wait seconds for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
+from pipelines.s3 import patiently
 from pipelines.schema import SHARD_SCHEMA, Manifest
 
 READ_ROWS = 512
@@ -56,12 +58,11 @@ class ShardIndex:
         fs = storage.filesystem(uri)
 
         def rows_per_group(path: str) -> list[int]:
-            with fs.open_input_file(path) as file:
-                about = pq.read_metadata(file)
+            about = patiently(lambda: pq.read_metadata(path, filesystem=fs))
             return [about.row_group(k).num_rows for k in range(about.num_row_groups)]
 
         paths = storage.shard_files(uri, manifest)
-        with ThreadPoolExecutor(16) as pool:
+        with storage.explained(uri), ThreadPoolExecutor(16) as pool:
             rows = list(pool.map(rows_per_group, paths))
         groups = tuple((path, k) for path, of_file in zip(paths, rows, strict=True) for k in range(len(of_file)))
         return cls(fs, manifest, groups, np.cumsum([0, *(n for of_file in rows for n in of_file)]))
@@ -84,11 +85,14 @@ class ShardIndex:
         for group in np.unique(of_row):
             path, number = self.groups[group]
             mine = np.flatnonzero(of_row == group)
-            with self.fs.open_input_file(path) as file:
-                table = pq.ParquetFile(file).read_row_group(number, columns=SHARD_SCHEMA.names)
+            table = patiently(functools.partial(_row_group, self.fs, path, number))
             tables.append(table.take(rows[mine] - self.starts[group]))
             places.append(mine)
         return pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
+
+
+def _row_group(fs: pafs.FileSystem, path: str, number: int) -> pa.Table:
+    return storage.open_parquet(fs, path).read_row_group(number, columns=SHARD_SCHEMA.names)
 
 
 def epoch_order(starts: NDArray[np.int64], rows_at_once: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -96,6 +95,7 @@ def run(config: FeedbackConfig) -> Feedback:
     Raises:
         InputError: no such review; the shards are gone or are others; the output exists; a class that is unknown.
     """
+    storage.check(config.out, config.shards)
     if storage.exists(config.out) and not config.overwrite:
         raise InputError("--out", f"{storage.redact(config.out)} exists", "Give another path, or `--overwrite`.")
     dataset, info = _open(config.dataset)
@@ -154,12 +154,9 @@ def _open(name: str) -> tuple[Any, dict[str, Any]]:
 
 def _rows(uri: str, shards: Manifest) -> Iterator[Mapping[str, Any]]:
     """The rows of the shards without the images' bytes."""
-    fs = storage.filesystem(uri)
     columns = [name for name in SHARD_SCHEMA.names if name != "image"]
-    for path in storage.shard_files(uri, shards):
-        with storage.explained(uri), fs.open_input_file(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1000, columns=columns):
-                yield from batch.to_pylist()
+    for table in storage.row_groups(uri, shards, columns):
+        yield from table.to_pylist()
 
 
 def _judge(dataset: Any) -> tuple[dict[int, Judged], list[tuple[int, Judged]]]:

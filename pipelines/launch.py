@@ -36,7 +36,10 @@ class SubmitConfig:
     working_dir: str = ""
     """Folder to ship beside the code of this program, for the command to run in: for a recipe of yours, or a source
     tree of this program, which is then used. Not for data: give paths that every node can read."""
-    env: tuple[str, ...] = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "BOXINST_HOME")
+    env: tuple[str, ...] = (
+        *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
+        *("MLFLOW_TRACKING_URI", "BOXINST_HOME", "BOXINST_STORE"),
+    )
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster shows
     and logs them."""
     secret: tuple[str, ...] = ()

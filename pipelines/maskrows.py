@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 
 from boxinst import rle
 from pipelines import storage
+from pipelines.s3 import patiently
 from pipelines.schema import BOX, MASK_SCHEMA, File, Manifest
 
 PARTS, DONE = "parts", "checkpoint"
@@ -103,17 +104,7 @@ def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any])
 def drop_parts(out: str) -> None:
     """Remove what only an unfinished run needs."""
     for folder in (PARTS, DONE):
-        fs, path = storage.fs_path(storage.join(out, folder))
-        if storage.exists(storage.join(out, folder)):
-            fs.delete_dir(path)
-
-
-def read(out: str, manifest: Manifest) -> Iterator[pa.RecordBatch]:
-    """The rows of a finished artefact, a few thousand at a time."""
-    fs = storage.filesystem(out)
-    for path in storage.shard_files(out, manifest):
-        with fs.open_input_file(path) as stream:
-            yield from pq.ParquetFile(stream).iter_batches(batch_size=4096)
+        storage.remove(storage.join(out, folder))
 
 
 def write_coco(path: str, out: str, manifest: Manifest) -> None:
@@ -127,16 +118,12 @@ def write_coco(path: str, out: str, manifest: Manifest) -> None:
         out: the artefact.
         manifest: of the artefact.
     """
-    entries = (json.dumps(_coco_entry(row, manifest)) for batch in read(out, manifest) for row in batch.to_pylist())
-    fs, target = storage.fs_path(path)
-    with storage.explained(path):
-        if not storage.is_s3(path):
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with fs.open_output_stream(f"{target}.partial") as stream:
-            for k, entry in enumerate(entries):
-                stream.write((",\n" if k else "[\n").encode() + entry.encode())
-            stream.write(b"\n]\n" if manifest.counts["boxes"] else b"[]\n")
-        fs.move(f"{target}.partial", target)
+    rows = (row for table in storage.row_groups(out, manifest) for row in table.to_pylist())
+    entries = (json.dumps(_coco_entry(row, manifest)) for row in rows)
+    with storage.writing(path) as stream:
+        for k, entry in enumerate(entries):
+            stream.write((",\n" if k else "[\n").encode() + entry.encode())
+        stream.write(b"\n]\n" if manifest.counts["boxes"] else b"[]\n")
 
 
 def _coco_entry(row: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
@@ -165,7 +152,7 @@ def _image_ids(uri: str, shards: Manifest) -> np.ndarray:
 
 
 def _ids(path: str, fs: pafs.FileSystem) -> np.ndarray:
-    return pq.read_table(path, columns=["image_id"], filesystem=fs)["image_id"].to_numpy()
+    return patiently(lambda: pq.read_table(path, columns=["image_id"], filesystem=fs))["image_id"].to_numpy()
 
 
 def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
@@ -186,7 +173,8 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
 
     @functools.lru_cache(maxsize=_PARTS_IN_MEMORY)
     def load(k: int) -> pa.Table:
-        return pq.read_table(f"{root}/{names[k]}", filesystem=fs).select(PART_SCHEMA.names).cast(PART_SCHEMA)
+        table = patiently(lambda: pq.read_table(f"{root}/{names[k]}", filesystem=fs))
+        return table.select(PART_SCHEMA.names).cast(PART_SCHEMA)
 
     rows = at[np.searchsorted(known, image_ids)]
     for start in range(0, len(image_ids), _IMAGES_AT_ONCE):

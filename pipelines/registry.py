@@ -211,8 +211,12 @@ def _fetch(location: str, uri: str) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch, _mlflow_globals():
+            got = f"{scratch}/model"
             try:
-                got = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=scratch)
+                if parsed.scheme == "s3":
+                    storage.download(location, got)
+                else:
+                    got = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=scratch)
             except (MlflowException, OSError) as error:
                 raise InputError("model", uri, f"It cannot be read ({error}). Check that it exists.") from error
             try:

@@ -83,6 +83,7 @@ def run(config: ReviewConfig) -> Review:
         InputError: an artefact is missing, newer than this program, or does not belong to the other; the dataset holds
             something else; the port is taken; or no database can be had.
     """
+    storage.check(config.shards, config.masks)
     shards = storage.read_manifest(config.shards, "shards")
     masks = storage.read_manifest(config.masks, "masks")
     _check_match(config, shards, masks)

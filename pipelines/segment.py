@@ -31,6 +31,8 @@ def run(config: SegmentConfig) -> Manifest:
     Raises:
         InputError: something about the model, the shards, the output or the cluster that its owner has to change.
     """
+    out = config.output
+    storage.check(config.shards, out, config.coco, config.model)
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
@@ -46,15 +48,15 @@ def run(config: SegmentConfig) -> Manifest:
         "short_side": config.short_side,
         "max_side": config.max_side,
     }
-    out = config.output
     _refuse_other(out, source, config.overwrite)
     manifest = storage.ensure_output(out, "masks", source, overwrite=config.overwrite)
     if manifest is not None:
         print(f"{out} holds the masks of these boxes by this model already: nothing to do.", file=sys.stderr)
         maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
     else:
-        _segment_images(config, shards, folder)
-        manifest = maskrows.publish(out, config.shards, shards, source)
+        with storage.explained(out):
+            _segment_images(config, shards, folder)
+            manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
         maskrows.write_coco(config.coco, out, manifest)
     return manifest

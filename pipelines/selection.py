@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,7 +47,7 @@ def select(uri: str, manifest: Manifest, *, limit: int, audit: int, seed: int) -
     """
     columns = ("annotation_id", "box_iou", "status")
     schema = pa.schema([MASK_SCHEMA.field(name) for name in columns])
-    table = pa.Table.from_batches(_batches(uri, manifest, columns), schema=schema)
+    table = pa.concat_tables([schema.empty_table(), *storage.row_groups(uri, manifest, columns)])
     ids = table["annotation_id"].to_numpy()
     # What has no mask comes before the worst mask.
     consistency = pc.if_else(pc.equal(table["status"], "ok"), pc.fill_null(table["box_iou"], -1.0), -1.0).to_numpy()
@@ -60,18 +60,10 @@ def read_rows(uri: str, manifest: Manifest, wanted: NDArray[np.int64]) -> dict[i
     """Mask rows of the annotations wanted, by image id, in the order of the annotation ids."""
     rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
     values = pa.array(wanted, pa.int64())
-    for batch in _batches(uri, manifest, MASK_SCHEMA.names):
-        for row in batch.filter(pc.is_in(batch["annotation_id"], values)).to_pylist():
+    for table in storage.row_groups(uri, manifest):
+        for row in table.filter(pc.is_in(table["annotation_id"], values)).to_pylist():
             rows[row["image_id"]].append(row)
     return {image_id: sorted(rows[image_id], key=lambda r: r["annotation_id"]) for image_id in sorted(rows)}
-
-
-def _batches(uri: str, manifest: Manifest, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of an artefact, some thousands at a time."""
-    fs = storage.filesystem(uri)
-    for path in storage.shard_files(uri, manifest):
-        with storage.explained(uri), fs.open_input_file(path) as stream:
-            yield from pq.ParquetFile(stream).iter_batches(batch_size=10_000, columns=list(columns))
 
 
 def media(uri: str, manifest: Manifest, wanted: set[int]) -> Iterator[tuple[int, str]]:

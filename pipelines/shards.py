@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray
 import ray.data
 
@@ -36,6 +35,7 @@ _PLAN_SCHEMA = pa.schema(
         ("shard", pa.int32()),
         ("image_id", pa.int64()),
         ("file_name", pa.string()),
+        ("bytes", pa.int64()),  # of the file, as it was listed
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("annotations", pa.large_string()),  # JSON of Annotation's fields
@@ -64,6 +64,7 @@ def run(config: ShardConfig) -> Manifest:
     Raises:
         InputError: something about the inputs, the storage or the output folder that its owner has to change.
     """
+    storage.check(config.annotations, config.images, config.output)
     storage.check_readable(config.annotations, "--annotations")
     storage.check_readable(config.images, "--images")
     data = storage.read_bytes(config.annotations)
@@ -88,12 +89,19 @@ def run(config: ShardConfig) -> Manifest:
     return manifest
 
 
-def _match(corpus: Corpus, config: ShardConfig) -> dict[str, pafs.FileInfo]:
+def _match(corpus: Corpus, config: ShardConfig) -> dict[str, storage.Entry]:
     """The files that the corpus names, by name; images without one move to the rejects."""
-    listing = storage.list_files(config.images)
+    wanted = {entry.file_name for entry in corpus.images}
+    listing: dict[str, storage.Entry] = {}
+    other = ""
+    for name, about in storage.walk(config.images):  # the folder may hold many more than the corpus
+        if name in wanted:
+            listing[name] = about
+        else:
+            other = min(other, name) if other else name
     missing = [entry for entry in corpus.images if entry.file_name not in listing]
     if len(missing) == len(corpus.images):
-        example = f", which holds {next(iter(listing))}" if listing else ", which is empty"
+        example = f", which holds {other}" if other else ", which is empty"
         named = f"the {len(missing)} images of the JSON ({missing[0].file_name})" if missing else "any image"
         raise InputError(
             "--images",
@@ -107,13 +115,13 @@ def _match(corpus: Corpus, config: ShardConfig) -> dict[str, pafs.FileInfo]:
     return {entry.file_name: listing[entry.file_name] for entry in corpus.images}
 
 
-def _fingerprint(files: dict[str, pafs.FileInfo]) -> str:
+def _fingerprint(files: dict[str, storage.Entry]) -> str:
     """Changes when an image is added, removed or written again."""
     content = [(name, info.size, info.mtime_ns) for name, info in sorted(files.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _plan(corpus: Corpus, files: dict[str, pafs.FileInfo], target: int) -> list[pa.Table]:
+def _plan(corpus: Corpus, files: dict[str, storage.Entry], target: int) -> list[pa.Table]:
     """One table per shard: its images, in the order of their ids, until ``target`` bytes are reached."""
     shards: list[list[dict[str, Any]]] = [[]]
     size = 0
@@ -123,12 +131,13 @@ def _plan(corpus: Corpus, files: dict[str, pafs.FileInfo], target: int) -> list[
             size = 0
         size += files[entry.file_name].size
         row = {"image_id": entry.id, "file_name": entry.file_name, "width": entry.width, "height": entry.height}
+        row["bytes"] = files[entry.file_name].size
         row["annotations"] = json.dumps([asdict(a) for a in entry.annotations])
         shards[-1].append({"shard": len(shards) - 1, **row})
     return [pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA) for rows in shards]
 
 
-def _write_shards(corpus: Corpus, files: dict[str, pafs.FileInfo], config: ShardConfig) -> list[dict[str, Any]]:
+def _write_shards(corpus: Corpus, files: dict[str, storage.Entry], config: ShardConfig) -> list[dict[str, Any]]:
     """Run one task per shard and return their rows of ``_DONE_SCHEMA``, in order."""
     cluster.start()
     plan = _plan(corpus, files, config.target_mb << 20)
@@ -138,7 +147,11 @@ def _write_shards(corpus: Corpus, files: dict[str, pafs.FileInfo], config: Shard
         _write_shard, batch_size=None, batch_format="pyarrow", fn_kwargs=task
     )
     try:
-        with observe.progress("shard", lambda: len(storage.list_files(config.output)) - 1, len(plan), "shards"):
+        out = config.output
+        with (
+            storage.explained(out),
+            observe.progress("shard", lambda: len(storage.list_files(out)) - 1, len(plan), "shards"),
+        ):
             done = shards.take_all()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
@@ -205,9 +218,10 @@ def _write_shard(plan: pa.Table, *, images_uri: str, out: str, exif: images.Exif
 def _read_images(plan: pa.Table, images_uri: str) -> Iterator[tuple[ImageEntry, bytes | ValueError]]:
     """Every image of a plan with its file's bytes, or with the reason why there are none."""
 
-    def read(name: str) -> bytes | ValueError:
+    def read(row: dict[str, Any]) -> bytes | ValueError:
+        name = row["file_name"]
         try:
-            return storage.read_bytes(storage.join(images_uri, name))
+            return storage.read_bytes(storage.join(images_uri, name), row["bytes"])
         except FileNotFoundError:
             return ValueError(f"missing file: {name}")
         except InputError as error:
@@ -218,7 +232,7 @@ def _read_images(plan: pa.Table, images_uri: str) -> Iterator[tuple[ImageEntry, 
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         for batch in plan.to_batches(max_chunksize=READ_AHEAD):
             rows = batch.to_pylist()
-            for row, data in zip(rows, pool.map(read, [row["file_name"] for row in rows]), strict=True):
+            for row, data in zip(rows, pool.map(read, rows), strict=True):
                 boxes = [Annotation(**item) for item in json.loads(row["annotations"])]
                 yield ImageEntry(row["image_id"], row["file_name"], row["width"], row["height"], boxes), data
 

@@ -1,30 +1,31 @@
 """Files on this machine and on S3 alike: atomic writes, folders claimed by one artefact, errors that say what to do.
 
-A ``uri`` is a local path or ``s3://bucket/key``. S3 is configured by the usual variables: ``AWS_ENDPOINT_URL`` (for
-MinIO and others), ``AWS_REGION``, ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY`` or a profile, ``AWS_CA_BUNDLE``.
+A ``uri`` is a local path or ``s3://bucket/key``; how S3 is reached is the business of ``s3``.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import urlsplit
 
-import boto3
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from boxinst.errors import InputError
+from pipelines import diagnosis, s3
+from pipelines.redaction import redact
+from pipelines.s3 import Entry
 from pipelines.schema import MANIFEST, File, Manifest
 
 CLAIM = "_unfinished.json"
@@ -41,99 +42,59 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") if uri != "/" else "", *parts])
 
 
-def redact(text: str) -> str:
-    """``text`` without passwords in addresses, signatures and the AWS credentials of the environment."""
-    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)
-    text = re.sub(r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s]+", r"\1...", text)
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
-        secret = os.environ.get(name)
-        if secret and len(secret) > 3:
-            text = text.replace(secret, "...")
-    return text
-
-
 # --- file systems ---------------------------------------------------------------------------------------------------
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _region() -> str | None:
-    given = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return given or ("us-east-1" if _endpoint() else boto3.Session().region_name)
 
 
 def filesystem(uri: str) -> pafs.FileSystem:
     """The Arrow file system of ``uri``. It keeps the endpoint when it travels to another process."""
-    if not is_s3(uri):
-        if "://" in uri:
-            raise InputError(redact(uri), "unknown kind of address", "Give a local path or s3://bucket/prefix.")
-        return pafs.LocalFileSystem()
-    options: dict[str, Any] = {"region": _region(), "connect_timeout": 10, "request_timeout": 60}
-    if endpoint := _endpoint():
-        parts = urlsplit(endpoint)
-        options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc + parts.path.rstrip("/")}
-    if bundle := os.environ.get("AWS_CA_BUNDLE"):
-        options["tls_ca_file_path"] = bundle
-    return pafs.S3FileSystem(**options)
+    if is_s3(uri):
+        return s3.filesystem()
+    if "://" in uri:
+        raise InputError(redact(uri), "unknown kind of address", "Give a local path or s3://bucket/prefix.")
+    return pafs.LocalFileSystem()
 
 
 def fs_path(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system of ``uri``, and its path there: absolute locally, ``bucket/key`` on S3."""
-    path = uri.removeprefix("s3://").rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().absolute())
-    return filesystem(uri), path
+    return filesystem(uri), uri.removeprefix("s3://").rstrip("/") if is_s3(uri) else str(_local(uri))
 
 
 def absolute(uri: str) -> str:
     """``uri`` as it can be found from anywhere."""
-    return uri.rstrip("/") if is_s3(uri) else fs_path(uri)[1]
+    return uri.rstrip("/") if is_s3(uri) else str(_local(uri))
 
 
-def _explain(uri: str) -> None:
-    """Ask S3 why ``uri`` does not answer.
-
-    Raises:
-        InputError: the bucket does not exist, it refuses us, or nobody answers.
-    """
-    if not is_s3(uri):
-        return
-    bucket = uri.removeprefix("s3://").split("/")[0]
-    item, where = f"s3://{bucket}", _endpoint() or "AWS"
-    try:
-        config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 2})
-        session = boto3.Session()  # reads the credentials as they are now
-        client = session.client("s3", region_name=_region() or "us-east-1", endpoint_url=_endpoint(), config=config)
-        client.list_objects_v2(Bucket=bucket, MaxKeys=1)
-    except NoCredentialsError:
-        raise InputError(item, "no credentials", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.") from None
-    except EndpointConnectionError:
-        remedy = "Start it, or correct AWS_ENDPOINT_URL."
-        raise InputError(item, f"nobody answers at {redact(where)}", remedy) from None
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in ("NoSuchBucket", "404"):
-            raise InputError(item, f"no such bucket at {redact(where)}", "Correct the name or create it.") from None
-        remedy = "Correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the rights of that user on the bucket."
-        raise InputError(item, f"refused by {redact(where)} ({code})", remedy) from None
-    except (BotoCoreError, ValueError) as error:
-        raise InputError(item, redact(str(error)), "Correct the AWS_ variables or the address.") from None
+def _local(uri: str) -> Path:
+    if "://" in uri:
+        raise InputError(redact(uri), "unknown kind of address", "Give a local path or s3://bucket/prefix.")
+    return Path(uri).expanduser().absolute()
 
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn a failure of storage inside the block into an InputError where its cause can be found out.
+    """Turn a failure of storage inside the block into an InputError that names its cause.
 
     A file that does not exist stays a FileNotFoundError.
     """
     try:
         yield
     except FileNotFoundError:
-        _explain(uri)
+        if is_s3(uri):  # or is it the bucket that does not exist?
+            diagnosis.check(uri)
         raise
-    except OSError as error:
-        _explain(uri)
+    except (OSError, ClientError, BotoCoreError) as error:
+        if is_s3(uri):
+            raise diagnosis.explain(uri, error) from error
         raise InputError(redact(uri), redact(str(error)), "Make it readable and writable for this user.") from error
+
+
+def check(*uris: str | None) -> None:
+    """Make sure, before any work, that every bucket named is there and lets us in. Local paths are passed over.
+
+    Raises:
+        InputError: no such bucket, refused, another region, a wrong clock, wrong keys, or nobody answers.
+    """
+    diagnosis.check(*filter(None, uris))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -142,8 +103,7 @@ def explained(uri: str) -> Iterator[None]:
 def exists(uri: str) -> bool:
     """Whether a file or a folder is there."""
     with explained(uri):
-        fs, path = fs_path(uri)
-        return fs.get_file_info(path).type != pafs.FileType.NotFound
+        return s3.exists(uri) if is_s3(uri) else _local(uri).exists()
 
 
 def check_readable(uri: str, item: str) -> None:
@@ -157,61 +117,124 @@ def check_readable(uri: str, item: str) -> None:
         InputError: it is not there, or the bucket does not exist, refuses or does not answer.
     """
     if not exists(uri):
-        _explain(uri)
         raise InputError(item, f"{redact(uri)} does not exist", "Correct the path.")
 
 
-def read_bytes(uri: str) -> bytes:
-    """Content of a file."""
+def read_bytes(uri: str, size: int | None = None) -> bytes:
+    """Content of a file, all of it.
+
+    Args:
+        uri: of the file.
+        size: in bytes, where it is known, say from a listing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it cannot be read, or is of another size.
+    """
     with explained(uri):
-        fs, path = fs_path(uri)
-        with fs.open_input_file(path) as stream:
-            return stream.read()
+        if is_s3(uri):
+            return s3.get(uri, size)
+        data = _local(uri).read_bytes()
+    if size is not None and len(data) != size:
+        raise InputError(redact(uri), f"{len(data)} bytes, {size} a moment ago", "Let it be while it is read.")
+    return data
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[IO[bytes]]:
     """A stream whose bytes appear at ``uri`` all at once, when the block has ended well."""
     with explained(uri):
-        fs, path = fs_path(uri)
-        if is_s3(uri):  # an object appears when its upload is complete
-            with fs.open_output_stream(path) as stream:
+        if is_s3(uri):
+            # By way of this machine, so that the whole upload can be done again.
+            with tempfile.NamedTemporaryFile(prefix="boxinst-") as stream:
                 yield stream
+                s3.put(uri, stream)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
+        path = _local(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with open(partial, "wb") as stream:
                 yield stream
             os.replace(partial, path)
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file; it is complete or not there. Folders are made."""
+    if is_s3(uri):
+        with explained(uri):
+            s3.put(uri, data)
+        return
     with writing(uri) as stream:
         stream.write(data)
 
 
-def list_files(uri: str) -> dict[str, pafs.FileInfo]:
-    """Every file below a folder, by its path relative to it, in order. Empty when there is no such folder."""
+def walk(uri: str) -> Iterator[tuple[str, Entry]]:
+    """Every file below a folder, one by one, by its path relative to it. None when there is no such folder.
+
+    A bucket of millions is listed page by page, so keep what is needed of it and no more.
+    """
     with explained(uri):
-        fs, path = fs_path(uri)
-        found = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    if not found:
-        _explain(uri)
-    files = {f.path[len(path) :].lstrip("/"): f for f in found if f.type == pafs.FileType.File}
-    return {name: files[name] for name in sorted(files) if name}
+        if is_s3(uri):
+            yield from s3.walk(uri)
+            return
+        root = str(_local(uri))
+        for folder, _, names in os.walk(root, onerror=_unless_missing, followlinks=True):
+            for name in names:
+                path = os.path.join(folder, name)
+                if os.path.exists(path):  # a link may lead nowhere
+                    about = os.stat(path)
+                    yield os.path.relpath(path, root), Entry(about.st_size, about.st_mtime_ns)
+
+
+def _unless_missing(error: OSError) -> None:
+    """``os.walk`` passes over what it cannot read unless told otherwise."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def list_files(uri: str) -> dict[str, Entry]:
+    """``walk`` as a whole, in the order of the names: for the folder of an artefact, which holds few files."""
+    return dict(sorted(walk(uri)))
 
 
 def clear(uri: str, *, keep: Collection[str] = ()) -> None:
     """Remove what is in a folder, except the names in ``keep``."""
     with explained(uri):
-        fs, path = fs_path(uri)
-        for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
-            if info.base_name not in keep:
-                (fs.delete_dir if info.type == pafs.FileType.Directory else fs.delete_file)(info.path)
+        if is_s3(uri):
+            s3.remove(uri, keep=keep)
+            return
+        root = _local(uri)
+        for path in root.iterdir() if root.exists() else ():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove(uri: str) -> None:
+    """Remove a folder with all it holds; it need not exist."""
+    with explained(uri):
+        if is_s3(uri):
+            s3.remove(uri)
+        elif _local(uri).exists():
+            shutil.rmtree(_local(uri))
+
+
+def upload(folder: str | Path, uri: str) -> None:
+    """Copy the files of a local folder."""
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            with writing(join(uri, path.relative_to(folder).as_posix())) as stream, path.open("rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 22)
+
+
+def download(uri: str, folder: str | Path) -> None:
+    """Copy every file below ``uri`` into a local folder; each is whole."""
+    for name, about in list_files(uri).items():
+        target = Path(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read_bytes(join(uri, name), about.size))
 
 
 # --- Parquet --------------------------------------------------------------------------------------------------------
@@ -321,10 +344,9 @@ def ensure_output(
 def write_manifest(uri: str, manifest: Manifest) -> None:
     """Publish an artefact: from here on its folder counts as finished."""
     write_bytes(join(uri, MANIFEST), manifest.to_json().encode())
+    claim = join(uri, CLAIM)
     with explained(uri):
-        fs, path = fs_path(join(uri, CLAIM))
-        if fs.get_file_info(path).type == pafs.FileType.File:
-            fs.delete_file(path)
+        s3.delete(claim) if is_s3(uri) else _local(claim).unlink(missing_ok=True)
 
 
 def read_manifest(uri: str, kind: str | None = None) -> Manifest:
@@ -354,3 +376,32 @@ def shard_files(uri: str, manifest: Manifest) -> list[str]:
     """Paths of an artefact's Parquet files, as ``filesystem(uri)`` and ``ray.data.read_parquet`` want them."""
     root = fs_path(uri)[1]
     return [f"{root}/{file.path}" for file in manifest.files]
+
+
+def row_groups(uri: str, manifest: Manifest, columns: Collection[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of an artefact in order, one row group in memory at a time; all columns where none are named."""
+    fs = filesystem(uri)
+    for path in shard_files(uri, manifest):
+        with explained(uri):
+            groups = s3.patiently(functools.partial(pq.read_metadata, path, filesystem=fs)).num_row_groups
+            opened: list[pq.ParquetFile] = []
+            for number in range(groups):
+                yield s3.patiently(functools.partial(_next_group, opened, fs, path, number, columns))
+
+
+def _next_group(
+    opened: list[pq.ParquetFile], fs: pafs.FileSystem, path: str, number: int, columns: Collection[str] | None
+) -> pa.Table:
+    """A row group of the file that is open, or is opened, and opened anew after a failure."""
+    if not opened:
+        opened.append(open_parquet(fs, path))
+    try:
+        return opened[0].read_row_group(number, columns=None if columns is None else list(columns))
+    except OSError:
+        opened.clear()
+        raise
+
+
+def open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+    """A Parquet file whose columns are fetched together, not one by one."""
+    return pq.ParquetFile(path, filesystem=fs, pre_buffer=True)

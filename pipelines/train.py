@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -73,19 +73,21 @@ def run(config: TrainConfig) -> TrainResult:
             GPUs; a loss or gradient that is not finite.
     """
     started = time.monotonic()
+    storage.check(config.shards, config.val, settings.store())
     index, val = open_shards(config)
     config, init = complete(config, index)
-    folder = settings.home() / "runs" / config.name
+    folder = storage.join(settings.store(), "runs", config.name)
     previous, changes = _check_resumable(folder, config, index.manifest.hash)
-    if (folder / RESULT).is_file():
-        return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
+    if storage.exists(storage.join(folder, RESULT)):
+        before = json.loads(storage.read_bytes(storage.join(folder, RESULT)))
+        return replace(TrainResult(**before), status="finished before")
 
     cluster.start()
     cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous, changes)
     print(f"MLflow run: {tracker.address}", file=sys.stderr)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
-    storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
+    storage.write_bytes(storage.join(folder, RECORD), json.dumps(record, indent=2).encode())
     _forget_removed_checkpoints(folder)
     control = ray.remote(num_cpus=0)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
@@ -96,8 +98,10 @@ def run(config: TrainConfig) -> TrainResult:
         tracker.close("KILLED")
         raise
     except Exception as error:
-        tracker.tag({"failure": str(error)})
+        tracker.tag({"failure": storage.redact(str(error))})
         tracker.close("FAILED")
+        if not isinstance(error, InputError):
+            storage.check(config.shards, config.val, settings.store())  # did it go away?
         raise
     tracker.close("FINISHED" if result.status == "finished" else "KILLED")
     return result
@@ -169,13 +173,13 @@ def _check_initial_classes(model: ModelConfig, index: ShardIndex, config: TrainC
         raise InputError(error.item, error.value, f"{error.remedy} {remedy}{len(model.classes)}.") from error
 
 
-def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> tuple[str | None, dict[str, str]]:
+def _check_resumable(folder: str, config: TrainConfig, shards: str) -> tuple[str | None, dict[str, str]]:
     """The MLflow run of an earlier command of this name, None for a new name; and what is asked otherwise now."""
-    if not (folder / RECORD).is_file():
-        if folder.exists() and any(folder.iterdir()):
+    if not storage.exists(storage.join(folder, RECORD)):
+        if next(storage.walk(folder), None):
             raise InputError("--name", f"{folder} holds something else", "Give another name, or remove that folder.")
         return None, {}
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads(storage.read_bytes(storage.join(folder, RECORD)))
     asked = json.loads(json.dumps(asdict(config)))
     changes = {}
     for name, before, now in checkpoint.differences(record["config"], asked):
@@ -214,6 +218,7 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         train_loop(loop_config["job"])
 
     options = ray.data.ExecutionOptions(preserve_order=True)
+    fs, runs = storage.fs_path(storage.join(settings.store(), "runs"))
     return TorchTrainer(
         work,
         train_loop_config={"job": job},
@@ -225,7 +230,8 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=config.name,
-            storage_path=str(settings.home() / "runs"),
+            storage_path=runs,
+            storage_filesystem=fs,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.num_to_keep),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -235,19 +241,19 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     )
 
 
-def _forget_removed_checkpoints(folder: Path) -> None:
+def _forget_removed_checkpoints(folder: str) -> None:
     """So that a run goes on from an earlier checkpoint when later ones were removed, which Ray by itself refuses."""
-    path = folder / "checkpoint_manager_snapshot.json"
-    if not path.is_file():
+    path = storage.join(folder, "checkpoint_manager_snapshot.json")
+    if not storage.exists(path):
         return
-    state = json.loads(path.read_text())
+    state = json.loads(storage.read_bytes(path))
     both = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
-    there = [(r, i) for r, i in both if (folder / r["checkpoint_dir_name"]).is_dir()]
+    there = [(r, i) for r, i in both if storage.exists(storage.join(folder, r["checkpoint_dir_name"]))]
     if len(there) < len(state["checkpoint_results"]):
         state["checkpoint_results"] = [result for result, _ in there]
         state["checkpoint_report_indices"] = [index for _, index in there]
         state["latest_checkpoint_result"] = there[-1][0] if there else None
-        storage.write_bytes(str(path), json.dumps(state).encode())
+        storage.write_bytes(path, json.dumps(state).encode())
 
 
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
@@ -376,7 +382,7 @@ def _interrupt_asks(control: Any, bar: tqdm[Any]) -> Iterator[None]:
 # What is kept.
 
 
-def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, started: float) -> TrainResult:
+def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started: float) -> TrainResult:
     """Write the averaged model beside the checkpoints and, at the end of the training, register it."""
     config = job.config
     if fitted.checkpoint is None:
@@ -387,13 +393,14 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     model = boxinst.CondInst(config.model, pretrained=False)
     weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
     load_strict(model, weights, str(fitted.checkpoint.path))
-    boxinst.save(model, folder / MODEL)
-
     finished = learner["step"] == config.steps
-    version = ""
-    if finished and config.register:
-        tags = {"shards": job.shards_hash, "steps": str(config.steps)}
-        version = registry.register(job.run_id, folder / MODEL, config.name, metrics=metrics, tags=tags).uri
+    version, kept = "", storage.join(folder, MODEL)
+    with tempfile.TemporaryDirectory() as scratch:
+        boxinst.save(model, scratch)
+        storage.upload(scratch, kept)
+        if finished and config.register:
+            tags = {"shards": job.shards_hash, "steps": str(config.steps)}
+            version = registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags).uri
     result = TrainResult(
         status="finished" if finished else "stopped",
         steps=learner["step"],
@@ -401,10 +408,10 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         seconds=time.monotonic() - started,
         metrics=metrics,
         run_id=job.run_id,
-        model=str(folder / MODEL),
+        model=kept,
         version=version,
         warnings=list(journal.get("warnings", {}).values()),
     )
     if finished:
-        storage.write_bytes(str(folder / RESULT), json.dumps(asdict(result), indent=2).encode())
+        storage.write_bytes(storage.join(folder, RESULT), json.dumps(asdict(result), indent=2).encode())
     return result

@@ -29,6 +29,7 @@ from pipelines.config import TrainConfig
 from pipelines.journal import Journal
 from pipelines.learner import Learner, take_step, unwrapped
 from pipelines.optimization import make_autocast, make_average, make_optimizer, make_schedule
+from pipelines.s3 import patiently
 from pipelines.train_job import Job
 from pipelines.validation import Validation, stack
 
@@ -158,7 +159,13 @@ def _save(job: Job, learner: Learner, journal: Journal, metrics: dict[str, float
             checkpoint.save(folder, {**about, **state})
             reported = ray.train.Checkpoint.from_directory(folder)
         name = f"checkpoint_{learner.step:08d}"
-        ray.train.report({"step": learner.step}, checkpoint=reported, checkpoint_dir_name=name)
+        store = ray.train.get_context().get_storage().persist_current_checkpoint
+        ray.train.report(
+            {"step": learner.step},
+            checkpoint=reported,
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=lambda made, to: patiently(lambda: store(made, to)),
+        )
     ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fault_proxy import FaultProxy
 
 if TYPE_CHECKING:
     from pipelines.synthetic import SyntheticCorpus
@@ -19,29 +23,49 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def s3_address() -> str:
-    """Address of the S3 server, in the environment before Ray starts so that its workers know it too."""
+def s3_proxy() -> Iterator[FaultProxy]:
+    """The way to the S3 server, in the environment before Ray starts so that its workers take it too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    os.environ |= {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "testing-key",
-        "AWS_SECRET_ACCESS_KEY": "testing-secret",
-    }
-    return address
+        upstream = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with FaultProxy(upstream) as proxy:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": proxy.address,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "testing-key",
+            "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        }
+        yield proxy
 
 
 @pytest.fixture(scope="session")
-def _s3_server(s3_address: str) -> Iterator[None]:
-    from moto.server import ThreadedMotoServer
+def s3_address(s3_proxy: FaultProxy) -> str:
+    """Where the S3 server is asked."""
+    return s3_proxy.address
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=int(s3_address.rsplit(":", 1)[1]), verbose=False)
-    server.start()
-    yield
-    server.stop()
+
+@pytest.fixture(scope="session")
+def _s3_server(s3_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An S3 server in a process of its own."""
+    port = int(s3_proxy.upstream.rsplit(":", 1)[1])
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    words = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as stream:
+        server = subprocess.Popen(words, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"the S3 server did not start: {log.read_text()}")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture
@@ -66,7 +90,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3_address: str) -> Iterator[None]:
+def ray_session(s3_proxy: FaultProxy) -> Iterator[None]:
     """Ray in this process, once for all tests."""
     from pipelines import cluster
 

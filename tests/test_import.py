@@ -10,6 +10,7 @@ import torch
 
 import boxinst
 from jobs import cli
+from pipelines import storage
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_checkpoint_becomes_a_model(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_becomes_a_model(
+    checkpoint: str, tmp_path: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nhot dog\nd\n\ne\n")
     out = tmp_path / "model"
     words = ["import", "--from", "adelaidet", checkpoint, "--out", str(out), "--classes", str(tmp_path / "names.txt")]
@@ -31,10 +34,11 @@ def test_a_checkpoint_becomes_a_model(checkpoint: str, tmp_path: Path, capsys: p
     model = boxinst.load(out)
     assert model.config.classes == ("a", "b", "hot dog", "d", "e")
     assert len(model.detect([torch.zeros(3, 40, 50, dtype=torch.uint8)])) == 1
-    with pytest.raises(SystemExit):
-        cli.main(words)
+    assert cli.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*words, "--overwrite"]) == 0
+    assert cli.main([f"{s3}/model" if word == str(out) else word for word in words]) == 0
+    assert set(storage.list_files(f"{s3}/model")) == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(

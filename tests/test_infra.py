@@ -392,14 +392,16 @@ def test_the_rights_are_enough_and_no_more(s3: str, s3_address: str, monkeypatch
     key = iam.create_access_key(UserName=bucket)["AccessKey"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    monkeypatch.setattr("pipelines.s3.PART", 5 << 20)  # so that there are several
     with enforcing(s3_address):
         storage.check_readable(f"s3://{bucket}-corpora/train.json", "corpus")
         out = f"{s3}/shards"
         storage.ensure_output(out, "shards", {"a": 1})
         table = pa.table({"image_id": [1, 2]})
         file = storage.write_parquet(f"{out}/0.parquet", [table], table.schema)
-        big = os.urandom(11 << 20)  # in several parts
-        storage.write_bytes(f"{out}/big", big)
+        big = os.urandom(11 << 20)
+        with storage.writing(f"{out}/big") as stream:
+            stream.write(big)
         storage.write_manifest(out, Manifest(kind="shards", source={"a": 1}, categories=[], files=[file], counts={}))
         assert storage.read_manifest(out).files == [file]
         assert storage.read_bytes(f"{out}/big") == big

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from boxinst import rle
 from boxinst.errors import InputError
 from jobs import reviewer, walk
-from pipelines.schema import MASK_SCHEMA
+from pipelines import storage
+from pipelines.schema import MASK_SCHEMA, Manifest
 from pipelines.synthetic import SyntheticCorpus
 
 SIZE = 20
@@ -25,12 +25,13 @@ def square(width: int) -> bytes:
     return rle.encode(mask)[0]
 
 
-def mask_rows(folder: Path, rows: list[tuple[int, bytes | None, float | None, str]]) -> list[str]:
-    """A Parquet file of mask rows from (annotation id, mask, box IoU, status)."""
+def mask_rows(folder: Path, rows: list[tuple[int, bytes | None, float | None, str]]) -> Manifest:
+    """Mask rows in a folder, from (annotation id, mask, box IoU, status)."""
     keys = ("annotation_id", "mask", "box_iou", "status")
     content = [dict(zip(keys, row, strict=True)) | {"width": SIZE, "height": SIZE} for row in rows]
-    pq.write_table(pa.Table.from_pylist(content, schema=MASK_SCHEMA), folder / "rows.parquet")
-    return [str(folder / "rows.parquet")]
+    table = pa.Table.from_pylist(content, schema=MASK_SCHEMA)
+    file = storage.write_parquet(str(folder / "rows.parquet"), [table], MASK_SCHEMA)
+    return Manifest("masks", [], [file], {})
 
 
 def corpus_json(folder: Path, masks: dict[int, bytes | None]) -> str:
@@ -49,7 +50,7 @@ def test_verdicts_by_truth_and_by_consistency(tmp_path: Path) -> None:
     truth = corpus_json(
         tmp_path, {1: square(10), 2: square(10), 3: square(10), 4: square(10), 5: None, 6: None, 7: None}
     )
-    files = mask_rows(
+    manifest = mask_rows(
         tmp_path,
         [
             (1, square(9), 0.1, "ok"),  # IoU 0.9, whatever the box says
@@ -62,7 +63,7 @@ def test_verdicts_by_truth_and_by_consistency(tmp_path: Path) -> None:
         ],
     )
     expected = {1: "accept", 2: "fix", 3: "reject", 4: "reject", 5: "accept", 6: "fix", 7: "reject"}
-    assert reviewer.verdicts(files, truth) == expected
+    assert reviewer.verdicts(str(tmp_path), manifest, truth) == expected
 
 
 def test_the_truth_of_a_corpus_is_found_by_annotation(corpus: SyntheticCorpus) -> None:

@@ -40,7 +40,7 @@ def rows_of(shards: str) -> pa.Table:
 
 def masks_of(out: str) -> list[dict[str, Any]]:
     manifest = storage.read_manifest(out, "masks")
-    return [row for batch in maskrows.read(out, manifest) for row in batch.to_pylist()]
+    return [row for table in storage.row_groups(out, manifest) for row in table.to_pylist()]
 
 
 def segmenter(folder: str, resolution: Resolution | None = None) -> Segmenter:
@@ -315,18 +315,6 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(
     assert masks_of(str(out)) == masks_of(str(unbroken / "out"))
     assert storage.read_manifest(str(out), "masks").hash == storage.read_manifest(str(unbroken / "out"), "masks").hash
     assert {p.name for p in out.iterdir()} == {p.name for p in (unbroken / "out").iterdir()}
-
-
-def test_shards_and_masks_on_s3(shards: dict[str, str], tiny_model: str, s3: str) -> None:
-    for file in Path(shards["val"]).iterdir():
-        storage.write_bytes(f"{s3}/shards/{file.name}", file.read_bytes())
-    manifest = run(SegmentConfig(tiny_model, f"{s3}/shards", f"{s3}/masks", coco=f"{s3}/results.json"))
-    rows = masks_of(f"{s3}/masks")
-    given = rows_of(shards["val"]).to_pylist()
-    assert [row["annotation_id"] for row in rows] == [a for row in given for a in row["annotation_ids"]]
-    assert len(json.loads(storage.read_bytes(f"{s3}/results.json"))) == manifest.counts["boxes"]
-    names = set(storage.list_files(f"{s3}/masks"))
-    assert names == {"manifest.json", *(file.path for file in manifest.files)}
 
 
 # Bad input

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import FaultProxy
 from PIL import Image
 
 from boxinst.errors import InputError
@@ -260,11 +262,18 @@ def test_same_input_same_hash(
     assert sorted(path.name for path in out.iterdir()) == [MANIFEST, REJECTS, "shard-00000.parquet"]
 
 
-def test_from_s3_to_s3(s3: str, corpus: SyntheticCorpus, ray_session: None, shards: dict[str, str]) -> None:
+def test_from_s3_to_s3(
+    s3: str, s3_proxy: FaultProxy, corpus: SyntheticCorpus, ray_session: None, shards: dict[str, str]
+) -> None:
     for path in Path(corpus.images).iterdir():
         storage.write_bytes(f"{s3}/data/images/{path.name}", path.read_bytes())
     storage.write_bytes(f"{s3}/data/a.json", Path(corpus.val).read_bytes())
+    before = len(s3_proxy.keys)
     manifest = run(ShardConfig(f"{s3}/data/a.json", f"{s3}/data/images/", f"{s3}/out/val"))
+    asked = Counter(operation for operation, key in s3_proxy.keys[before:] if "/data/images/" in key)
+    assert asked == {"GetObject": 4}, "each image is one request"
+    written = [key for operation, key in s3_proxy.keys[before:] if operation in ("PutObject", "UploadPart")]
+    assert len(written) == 4, "the claim, one shard, the rejects and the manifest, however many images there are"
     assert manifest.hash == storage.read_manifest(shards["val"]).hash
     assert storage.read_manifest(f"{s3}/out/val", "shards") == manifest
     assert set(storage.list_files(f"{s3}/out/val")) == {MANIFEST, REJECTS, "shard-00000.parquet"}

@@ -176,6 +176,7 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:hunter2@{address}")
+    monkeypatch.setattr("pipelines.s3.PATIENCE", 0.0)
     with pytest.raises(InputError, match=rf"s3://b: nobody answers at http://{address}\. .*AWS_ENDPOINT_URL") as caught:
         storage.check_readable("s3://b/prefix", "--images")
     assert "hunter2" not in str(caught.value)
