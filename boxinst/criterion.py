@@ -112,11 +112,16 @@ class Criterion:
     def _weigh(self, sums: _MaskSums, step: int, prefix: str) -> dict[str, Tensor]:
         """Sums → weighted means. With mixed labels every instance counts alike, whichever loss it takes."""
         edges, boxes, masks = _mean_over_ranks(torch.stack([sums.edges, sums.boxes, sums.masks])).unbind()
-        instances = (boxes + masks).clamp(min=1)
+        least = 1 / _ranks()  # one instance or edge over all ranks
+        instances = (boxes + masks).clamp(min=least)
         warmup = losses.warmup(step + 1, self.config.warmup_steps)
         terms = {
             "projection": sums.projection / instances * self.config.projection_weight,
-            "pairwise": sums.pairwise / edges.clamp(min=1) * (boxes / instances) * self.config.pairwise_weight * warmup,
+            "pairwise": sums.pairwise
+            / edges.clamp(min=least)
+            * (boxes / instances)
+            * self.config.pairwise_weight
+            * warmup,
             "dice": sums.dice / instances,
         }
         return {prefix + name: term for name, term in terms.items()}
@@ -195,10 +200,11 @@ class Criterion:
             sums = sums + self._detect_mask_sums(features, dense, places, n, kept[n], owners[n], where, similarity)
         sizes = torch.stack([torch.stack(counts).sum(), torch.stack(weights).sum()])
         count, weight = _mean_over_ranks(sizes).unbind()
+        count = count.clamp(min=1 / _ranks())
         terms = {
-            "cls": torch.stack(focal).sum() / count.clamp(min=1),
+            "cls": torch.stack(focal).sum() / count,
             "box": torch.stack(box).sum() / weight.clamp(min=1e-6),
-            "centerness": torch.stack(center).sum() / count.clamp(min=1),
+            "centerness": torch.stack(center).sum() / count,
         }
         return terms, sums
 
@@ -319,8 +325,12 @@ def _mask_windows(targets: list[Targets], who: Tensor, origins: Tensor, size: tu
 
 def _mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of ``values`` over the ranks of distributed training: gradients are averaged, so denominators are too."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _ranks() == 1:
         return values
     values = values.detach().clone()
     dist.all_reduce(values)
-    return values / dist.get_world_size()
+    return values / _ranks()
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
