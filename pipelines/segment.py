@@ -14,7 +14,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, maskrows, registry, storage
+from pipelines import claims, cluster, inference, maskrows, registry, storage
 from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
 from pipelines.segmenter import Segmenter
@@ -33,6 +33,12 @@ def run(config: SegmentConfig) -> Manifest:
     Raises:
         InputError: something about the model, the shards, the output or the cluster that its owner has to change.
     """
+    with claims.held(config.output, "--out"):
+        return _run(config)
+
+
+def _run(config: SegmentConfig) -> Manifest:
+    """See ``run``; the output is claimed."""
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config

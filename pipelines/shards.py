@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from boxinst.errors import InputError
-from pipelines import cluster, coco, images, storage
+from pipelines import claims, cluster, coco, images, storage
 from pipelines.coco import Annotation, Corpus, ImageEntry
 from pipelines.config import ShardConfig
 from pipelines.schema import REJECT_SCHEMA, SHARD_SCHEMA, File, Manifest
@@ -64,6 +64,12 @@ def run(config: ShardConfig) -> Manifest:
     Raises:
         InputError: something about the inputs, the storage or the output folder that its owner has to change.
     """
+    with claims.held(config.output, "--out"):
+        return _run(config)
+
+
+def _run(config: ShardConfig) -> Manifest:
+    """See ``run``; the output is claimed."""
     storage.check_readable(config.annotations, "--annotations")
     storage.check_readable(config.images, "--images")
     data = storage.read_bytes(config.annotations)

@@ -26,7 +26,7 @@ import boxinst
 from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.tensors import load_strict
-from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
+from pipelines import checkpoint, claims, cluster, inference, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
@@ -70,6 +70,12 @@ def run(config: TrainConfig) -> TrainResult:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
             GPUs; the loss became infinite.
     """
+    with claims.held(str(settings.home() / "runs" / config.name), "--name") as claim:
+        return _run(config, claim)
+
+
+def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
+    """See ``run``; the output is claimed."""
     started = time.monotonic()
     index, val = _open_shards(config)
     config, init = _complete(config, index)
@@ -86,7 +92,7 @@ def run(config: TrainConfig) -> TrainResult:
     control = ray.remote(num_cpus=0)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
-        fitted = _follow(_trainer(job, index), control, config)
+        fitted = _follow(_trainer(job, index), control, config, claim)
         result = _keep(fitted, job, control, folder, started)
     except KeyboardInterrupt:
         tracker.close("KILLED")
@@ -279,11 +285,11 @@ def _data_workers(config: TrainConfig) -> int | None:
     return None if config.gpu or cluster.elsewhere() else max(1, (os.cpu_count() or 1) // 4)
 
 
-def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:
+def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig, claim: claims.Claim) -> ray.train.Result:
     """Run the trainer to its end, with a progress bar; Ctrl-C asks it to stop.
 
     Raises:
-        InputError: which a worker met.
+        InputError: which a worker met, or another command has taken the run over.
         TrainingFailedError: of Ray, when workers failed for another reason.
     """
     outcome: list[ray.train.Result | BaseException] = []
@@ -304,6 +310,7 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.tra
         thread.start()
         while thread.is_alive():
             thread.join(0.5)
+            claim.check()
             _show(bar, ray.get(control.shown.remote()))
     if failure := ray.get(control.failure.remote()):
         raise InputError(*failure)
