@@ -9,10 +9,10 @@ CORPUS ?=
 RECIPE ?= $(if $(CORPUS),nuclei,demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock
+.PHONY: help setup demo test test-all lint format lock
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## virtual environment with the pinned packages; done once
 
@@ -21,6 +21,9 @@ demo: setup  ## the whole path, on a drawn corpus or on CORPUS=DIR
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: setup  ## the long tests too, which kill nodes, drivers and servers: half an hour or more
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: setup  ## style, format and types
 	$(BIN)/ruff check

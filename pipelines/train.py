@@ -20,6 +20,7 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import boxinst
@@ -89,7 +90,9 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
     tracker = _track(config, index, val, previous)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
-    control = ray.remote(num_cpus=0)(Control).remote()
+    # On the driver's node, as Ray's own controller of the training: the run then survives the loss of any other.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    control = ray.remote(num_cpus=0, scheduling_strategy=here)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
         fitted = _follow(_trainer(job, index), control, config, claim)

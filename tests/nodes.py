@@ -7,9 +7,11 @@ then obeys lines of its input: ``kill N`` kills node N with all its processes, `
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,8 +60,10 @@ class Nodes:
 @contextmanager
 def running(*cpus: int) -> Iterator[Nodes]:
     """A cluster with a head and further nodes, gone at the end with all that belongs to it."""
+    scratch = tempfile.mkdtemp(prefix="ray")  # short: names of sockets are limited
     process = subprocess.Popen(
         [sys.executable, __file__, *map(str, cpus)],
+        env={**os.environ, "RAY_TMPDIR": scratch},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -71,6 +75,7 @@ def running(*cpus: int) -> Iterator[Nodes]:
     finally:
         _kill([psutil.Process(process.pid), *_below(process.pid)])
         process.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
