@@ -5,12 +5,15 @@ Nothing in it can run when it is read. ``state.json`` is written last, so that a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +38,29 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
     partial = folder / f"{STATE}.partial"
     partial.write_text(json.dumps({"format": FORMAT_VERSION, "state": tree}))
     os.replace(partial, folder / STATE)
+
+
+def upload(folder: str | Path, fs: pafs.FileSystem, target: str) -> None:
+    """Copy a saved state to ``target`` on ``fs``, ``state.json`` last; what is half written is removed.
+
+    Raises:
+        OSError: no room, or the storage is away.
+    """
+    try:
+        fs.create_dir(target, recursive=True)
+        for name in (TENSORS, STATE):
+            pafs.copy_files(f"{folder}/{name}", f"{target}/{name}", destination_filesystem=fs)
+    except OSError:
+        with suppress(OSError):
+            fs.delete_dir(target)
+        raise
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether a disk, a quota or the greatest size of a file has set an end to writing. Libraries hide the number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def load(folder: str | Path) -> dict[str, Any]:

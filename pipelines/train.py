@@ -86,7 +86,7 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
     cluster.start()
-    cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
+    cluster.check(config.workers_min or config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
@@ -218,7 +218,7 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.workers_min, config.workers) if config.workers_min else config.workers,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": max(config.cpus_per_worker, 1), **({"GPU": 1} if config.gpu else {})},
         ),
@@ -237,8 +237,9 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     """What makes the dataset of augmented samples, from the step that training begins at to the last.
 
-    A task reads a stretch of the stream; its rows are cut into blocks of one worker's batch, which are augmented one by
-    one. Ray hands blocks of equal size to the workers in turn, so each gets the same rows however often it is resumed.
+    A task reads a stretch of the stream; its rows are cut into equal parts of a batch, which are augmented one by one.
+    Ray hands blocks of equal size to the workers in turn, so each gets the same rows however often it is resumed, and
+    all together get the same batches however many they are.
     """
     config, control = job.config, job.control
     stream = Stream(index, config.seed)
@@ -252,7 +253,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         },
     )
     # Plain numbers: a task that held the config would import all that it is made of.
-    batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
+    batch_size, part, at_once = config.batch_size, config.batch_size // config.batch_parts, index.rows_at_once
     end, data_workers = config.steps * batch_size, _data_workers(config)
 
     def read(number: pa.Table) -> pa.Table:
@@ -274,7 +275,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         return (
             ray.data.range(tasks, override_num_blocks=tasks)
             .map_batches(read, batch_size=None, batch_format="pyarrow")
-            .repartition(target_num_rows_per_block=share, strict=True)
+            .repartition(target_num_rows_per_block=part, strict=True)
             .map_batches(augment_behind, batch_size=None, batch_format="pyarrow", concurrency=data_workers)
         )
 
@@ -315,6 +316,8 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig, claim: cla
             thread.join(0.5)
             claim.check()
             _show(bar, ray.get(control.shown.remote()))
+    for note in ray.get(control.notes.remote()):
+        print(note, file=sys.stderr)
     if failure := ray.get(control.failure.remote()):
         raise InputError(*failure)
     (got,) = outcome
@@ -376,7 +379,9 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     version = ""
     if finished and config.register:
         tags = {"shards": job.shards_hash, "steps": str(config.steps)}
-        version = registry.register(job.run_id, folder / MODEL, config.name, metrics=metrics, tags=tags).uri
+        remedy = f"The model is in {folder / MODEL}: the same command, when the server is back, registers it."
+        with tracking.explained(remedy):
+            version = registry.register(job.run_id, folder / MODEL, config.name, metrics=metrics, tags=tags).uri
     result = TrainResult(
         status="finished" if finished else "stopped",
         steps=learner["step"],

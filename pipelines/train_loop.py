@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from os import sched_getaffinity
@@ -32,6 +34,9 @@ from pipelines.config import TrainConfig
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
 from pipelines.train_job import Job
 from pipelines.validation import Validation, stack
+
+DELIVERY = 120.0
+"""Seconds that the end of a training waits for an MLflow server that is away."""
 
 
 @dataclass
@@ -79,10 +84,14 @@ class Learner:
 
 def train_loop(job: Job) -> None:
     """Train from the last checkpoint, if there is one, to the last step, the stop signal or the time limit."""
+    if ray.get(job.control.failure.remote()):
+        return  # one rank has met it, and Ray has started all again
     try:
         _train(job)
     except InputError as error:  # every rank meets it, and starting again would not help
         ray.get(job.control.fail.remote(error.item, str(error.value), error.remedy))
+    if gap := tracking.deliver(DELIVERY):
+        ray.get(job.control.note.remote(gap))
 
 
 def _train(job: Job) -> None:
@@ -119,6 +128,7 @@ def _train(job: Job) -> None:
                 _save(job, learner, metrics, rank)
         if stop:
             break
+    _wait_for_upload()
 
 
 def _build(job: Job, rank: int) -> Learner:
@@ -195,16 +205,55 @@ def _validate(
 
 
 def _save(job: Job, learner: Learner, metrics: dict[str, float], rank: int) -> None:
-    """Report a checkpoint and wait until it is registered, so that no later failure falls back behind it."""
-    with tempfile.TemporaryDirectory() as folder:
-        reported = None
-        if rank == 0:
-            about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
+    """Write a checkpoint and let it be uploaded while the training goes on.
+
+    The one before must be registered by then: a failure loses one interval, and the time of one upload.
+    """
+    _wait_for_upload()
+    reported = None
+    if rank == 0:
+        folder = tempfile.mkdtemp(prefix="checkpoint_")
+        about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
+        with _no_room_explained(job, folder):
             checkpoint.save(folder, {**about, "metrics": metrics, "learner": learner.state()})
-            reported = ray.train.Checkpoint.from_directory(folder)
-        name = f"checkpoint_{learner.step:08d}"
-        ray.train.report({"step": learner.step}, checkpoint=reported, checkpoint_dir_name=name)
+        reported = ray.train.Checkpoint.from_directory(folder)
+    ray.train.report(
+        {"step": learner.step},
+        checkpoint=reported,
+        checkpoint_dir_name=f"checkpoint_{learner.step:08d}",
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=functools.partial(_upload, job, ray.train.get_context().get_storage()),
+    )
+
+
+def _wait_for_upload() -> None:
+    """Until the last checkpoint is registered, so that no later failure falls back behind it."""
     ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+
+def _upload(job: Job, run: Any, made: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Copy a checkpoint to the run's folder, as Ray asks for it in a thread."""
+    target = f"{run.experiment_fs_path}/{name}"
+    with _no_room_explained(job, target):
+        try:
+            checkpoint.upload(made.path, run.storage_filesystem, target)
+        except BaseException:
+            shutil.rmtree(made.path, ignore_errors=True)
+            raise
+    return ray.train.Checkpoint(target, run.storage_filesystem)
+
+
+@contextmanager
+def _no_room_explained(job: Job, folder: str) -> Iterator[None]:
+    """Let a full disk end the run with what to do about it. Only rank 0 meets it, so the error must pass."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.is_no_room(error):
+            value = f"no room for {folder}: {' '.join(str(error).split())[:200]}"
+            remedy = "Make room there, then run the same command again: it goes on from the checkpoint before."
+            ray.get(job.control.fail.remote("checkpoint", value, remedy))
+        raise
 
 
 class StopSignal:
@@ -299,9 +348,7 @@ class Journal:
         self.job, self.ranks = job, ranks
         self.run: tracking.Run | None = None
         if rank == 0:
-            self.run = tracking.Run.start(
-                job.config.name, experiment=job.config.name, run_id=job.run_id, tracking_uri=job.tracking_uri
-            )
+            self.run = tracking.Run.join(job.run_id, job.tracking_uri)
         self._reset()
 
     def _reset(self) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -125,6 +128,33 @@ def test_a_damaged_checkpoint_is_refused(spoil, tmp_path: Path) -> None:
     assert caught.value.item == "checkpoint"
     assert str(tmp_path) in str(caught.value.value)
     assert caught.value.remedy
+
+
+def test_an_upload_is_whole_or_not_there(tmp_path: Path) -> None:
+    fs = pafs.LocalFileSystem()
+    checkpoint.save(tmp_path / "c", {"a": torch.ones(2)})
+    checkpoint.upload(tmp_path / "c", fs, str(tmp_path / "runs" / "good"))
+    assert torch.equal(checkpoint.load(tmp_path / "runs" / "good")["a"], torch.ones(2))
+    (tmp_path / "c" / checkpoint.STATE).unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.upload(tmp_path / "c", fs, str(tmp_path / "runs" / "bad"))
+    assert not (tmp_path / "runs" / "bad").exists()
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as full, open("/dev/full", "wb", buffering=0) as device:
+        device.write(b"x")
+    assert checkpoint.is_no_room(full.value)
+    limit = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); checkpoint.save({str(tmp_path)!r}, {{}})"
+    )
+    code = (
+        f"import signal; from pipelines import checkpoint; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ntry: {limit}"
+    )
+    code += "\nexcept Exception as error: print(type(error).__name__, checkpoint.is_no_room(error))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith(" True\n")
+    assert not checkpoint.is_no_room(PermissionError(13, "Permission denied"))
 
 
 def test_differences_name_the_field() -> None:
