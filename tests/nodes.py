@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,18 +79,22 @@ def running(*cpus: int) -> Iterator[Nodes]:
 
 @contextmanager
 def command(
-    *argv: str, home: Path, address: str = "", log: Path, env: dict[str, str] | None = None
+    *argv: str,
+    home: Path,
+    address: str = "",
+    log: Path,
+    env: dict[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``boxinst`` command in a process group of its own, on the cluster at ``address`` or on one within it."""
+    """A ``boxinst`` command, on the cluster at ``address`` or on one within it; ``before`` are words before it."""
     variables = {**os.environ, "BOXINST_HOME": str(home), "RAY_ADDRESS": address, **(env or {})}
     with log.open("ab") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *argv], stdout=out, stderr=out, env=variables, start_new_session=True
-        )
+        words = [*before, sys.executable, "-m", "jobs.cli", *argv]
+        process = subprocess.Popen(words, stdout=out, stderr=out, env=variables, start_new_session=True)
     try:
         yield process
     finally:
-        kill_group(process)
+        kill_all(process)
 
 
 def run(*argv: str, home: Path, address: str = "", log: Path, env: dict[str, str] | None = None) -> str:
@@ -101,11 +104,11 @@ def run(*argv: str, home: Path, address: str = "", log: Path, env: dict[str, str
     return log.read_text()
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for a command and whatever it has started."""
     below = _below(process.pid) if process.poll() is None else []
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     _kill(below)
     process.wait()
 
