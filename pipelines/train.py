@@ -28,6 +28,7 @@ from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.tensors import load_strict
 from pipelines import checkpoint, claims, cluster, inference, registry, settings, storage, tracking
+from pipelines.best import Best
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
@@ -60,6 +61,8 @@ class TrainResult:
     """Folder of the model (averaged weights), as ``boxinst.load`` reads it."""
     version: str
     """Address of the registered version, models:/NAME/VERSION; empty where none was registered."""
+    best: str = ""
+    """Folder of the model that did best at a validation, which may be an earlier one; empty without a validation."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -375,6 +378,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     load_strict(model, weights, str(fitted.checkpoint.path))
     boxinst.save(model, folder / MODEL)
 
+    best = Best(*storage.fs_path(str(folder))).record()
     finished = learner["step"] == config.steps
     version = ""
     if finished and config.register:
@@ -391,6 +395,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         run_id=job.run_id,
         model=str(folder / MODEL),
         version=version,
+        best=str(folder / best["folder"]) if best else "",
     )
     if finished:
         storage.write_bytes(str(folder / RESULT), json.dumps(asdict(result), indent=2).encode())

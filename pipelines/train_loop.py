@@ -30,6 +30,7 @@ from boxinst.structures import Batch
 from boxinst.weights import with_classes
 from pipelines import checkpoint, inference, tracking
 from pipelines.augmentation import batch_from_table
+from pipelines.best import Best
 from pipelines.config import TrainConfig
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
 from pipelines.train_job import Job
@@ -123,6 +124,11 @@ def _train(job: Job) -> None:
         if validation and (last or (config.eval_every and step % config.eval_every == 0)):
             with journal.pause(), autocast():
                 metrics = _validate(validation, learner, rank, cpu_group, journal)
+            if rank == 0:
+                run = ray.train.get_context().get_storage()
+                with journal.pause(), _no_room_explained(job, run.experiment_fs_path):
+                    averaged: Any = learner.average.module
+                    Best(run.storage_filesystem, run.experiment_fs_path).offer(averaged, step, metrics)
         if last or stop or step % config.checkpoint_every == 0:
             with journal.pause():
                 _save(job, learner, metrics, rank)

@@ -1,0 +1,29 @@
+"""pipelines.best: the best model stays, however many come after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+import boxinst
+from pipelines import storage
+from pipelines.best import Best
+
+
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_the_best_model_is_kept(where: str, tiny_model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    root = str(tmp_path) if where == "file" else request.getfixturevalue("s3")
+    fs, folder = storage.fs_path(f"{root}/runs/cells")
+    best, model = Best(fs, folder), boxinst.load(tiny_model)
+    assert best.record() == {}
+    for step, value in ((10, 0.5), (20, 0.7), (30, 0.6), (40, 0.7)):
+        best.offer(model, step, {"box_iou": 1 - value, "mask_iou": value})
+    assert Best(fs, folder).record() == {"score": "mask_iou", "value": 0.7, "step": 20, "folder": "best_00000020"}
+    found = fs.get_file_info(pafs.FileSelector(folder))
+    assert sorted(info.base_name for info in found) == ["best.json", "best_00000020"]
+    pafs.copy_files(f"{folder}/best_00000020", str(tmp_path / "got"), source_filesystem=fs)
+    assert boxinst.load(str(tmp_path / "got")).config == model.config
+    best.offer(model, 50, {})  # a validation without masks or boxes
+    assert best.record()["step"] == 20
