@@ -23,6 +23,7 @@ def test_the_best_model_is_kept(where: str, tiny_model: str, tmp_path: Path, req
     assert Best(fs, folder).record() == {"score": "mask_iou", "value": 0.7, "step": 20, "folder": "best_00000020"}
     found = fs.get_file_info(pafs.FileSelector(folder))
     assert sorted(info.base_name for info in found) == ["best.json", "best_00000020"]
+    (tmp_path / "got").mkdir()
     pafs.copy_files(f"{folder}/best_00000020", str(tmp_path / "got"), source_filesystem=fs)
     assert boxinst.load(str(tmp_path / "got")).config == model.config
     best.offer(model, 50, {})  # a validation without masks or boxes
