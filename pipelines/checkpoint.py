@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from boxinst.errors import InputError
 
 FORMAT_VERSION = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
+LIST = "checkpoint_manager_snapshot.json"
+"""In a run's folder: Ray's list of its checkpoints."""
 
 _TENSOR = "__tensor__"
 """Stands in the JSON for a tensor, with its name in the safetensors file."""
@@ -54,6 +57,49 @@ def upload(folder: str | Path, fs: pafs.FileSystem, target: str) -> None:
         with suppress(OSError):
             fs.delete_dir(target)
         raise
+
+
+def mend_list(fs: pafs.FileSystem, folder: str, ray_version: str) -> None:
+    """Make Ray's list of a run's checkpoints anew where it cannot be read, from those that are whole.
+
+    Ray overwrites it in place, so a full disk or a kill at the wrong moment leaves half of it.
+
+    Args:
+        fs: file system of the run's folder.
+        folder: the run's folder.
+        ray_version: which the list must name.
+    """
+    path = f"{folder}/{LIST}"
+    try:
+        with fs.open_input_file(path) as stream:
+            json.loads(stream.read())
+        return
+    except FileNotFoundError:
+        return
+    except ValueError:
+        pass
+    found = fs.get_file_info(pafs.FileSelector(folder))
+    names = sorted(f.base_name for f in found if re.fullmatch(r"checkpoint_\d{8}", f.base_name))
+    infos = fs.get_file_info([f"{folder}/{name}/{STATE}" for name in names])
+    whole = [name for name, info in zip(names, infos, strict=True) if info.type == pafs.FileType.File]
+    entries = [
+        {"version": 0, "checkpoint_dir_name": name, "metrics": {"step": int(name.rpartition("_")[2])}} for name in whole
+    ]
+    mended = {
+        "version": 0,
+        "ray_version": ray_version,
+        "checkpoint_results": entries,
+        "checkpoint_report_indices": list(range(len(entries))),
+        "latest_checkpoint_result": entries[-1] if entries else None,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(entries),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    with fs.open_output_stream(path) as stream:
+        stream.write(json.dumps(mended).encode())
 
 
 def is_no_room(error: BaseException) -> bool:

@@ -32,12 +32,12 @@ from pipelines.best import Best
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
-from pipelines.train_job import Job
+from pipelines.train_job import RECORD, Job
 
 __all__ = ["TrainConfig", "TrainResult", "run"]
 
-RECORD, RESULT, MODEL = "run.json", "result.json", "model"
-"""Beside the checkpoints in a run's folder: what was asked for, what came of it, and the averaged model."""
+RESULT, MODEL = "result.json", "model"
+"""Beside the checkpoints in a run's folder: what came of it, and the averaged model."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
     if (folder / RESULT).is_file():
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
+    checkpoint.mend_list(*storage.fs_path(str(folder)), ray.__version__)
     cluster.start()
     cluster.check(config.workers_min or config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous)

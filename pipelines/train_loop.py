@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from os import sched_getaffinity
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import ray
 import ray.train
 import ray.train.torch
@@ -33,7 +35,7 @@ from pipelines.augmentation import batch_from_table
 from pipelines.best import Best
 from pipelines.config import TrainConfig
 from pipelines.optimization import bf16_pays, make_average, make_optimizer, make_schedule
-from pipelines.train_job import Job
+from pipelines.train_job import RECORD, Job
 from pipelines.validation import Validation, stack
 
 DELIVERY = 120.0
@@ -107,6 +109,7 @@ def _train(job: Job) -> None:
     validation = _open_validation(job, rank, ranks)
     metrics = _resume(learner, rank)
     if rank == 0:
+        _check_shared(job)
         ray.get(job.control.resume_at.remote(learner.step))
     journal, signal = Journal(job, rank, ranks), StopSignal(job, rank, cpu_group)
 
@@ -135,6 +138,17 @@ def _train(job: Job) -> None:
         if stop:
             break
     _wait_for_upload()
+
+
+def _check_shared(job: Job) -> None:
+    """See that this node sees the run's folder, or its checkpoints would be lost here. By rank 0, which writes them."""
+    run = ray.train.get_context().get_storage()
+    path = f"{run.experiment_fs_path}/{RECORD}"
+    if run.storage_filesystem.get_file_info(path).type != pafs.FileType.File:
+        value = f"{run.experiment_fs_path} is not the same folder on the node {socket.gethostname()}"
+        remedy = "Give a folder that all nodes of the cluster share."
+        ray.get(job.control.fail.remote("BOXINST_HOME", value, remedy))
+        raise RuntimeError(value)  # the other ranks wait for this one
 
 
 def _build(job: Job, rank: int) -> Learner:

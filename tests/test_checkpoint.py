@@ -141,6 +141,26 @@ def test_an_upload_is_whole_or_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "bad").exists()
 
 
+def test_a_list_that_was_cut_short_is_made_anew_from_what_is_whole(tmp_path: Path) -> None:
+    fs, listed = pafs.LocalFileSystem(), tmp_path / checkpoint.LIST
+    checkpoint.mend_list(fs, str(tmp_path), "2.60.0")
+    assert not listed.exists()
+    for step in (3, 6, 9):
+        checkpoint.save(tmp_path / f"checkpoint_{step:08d}", {"step": step})
+    (tmp_path / "checkpoint_00000009" / checkpoint.STATE).unlink()
+    listed.write_text('{"ray_version": "2.6')
+    checkpoint.mend_list(fs, str(tmp_path), "2.60.0")
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+
+    read = _CheckpointManagerState.parse_obj(json.loads(listed.read_text()))
+    assert [r.checkpoint_dir_name for r in read.checkpoint_results] == ["checkpoint_00000003", "checkpoint_00000006"]
+    assert read.latest_checkpoint_result == read.checkpoint_results[1]
+    assert (read.checkpoint_report_indices, read.current_report_index) == ([0, 1], 2)
+    before = listed.read_text()
+    checkpoint.mend_list(fs, str(tmp_path), "2.61.0")
+    assert listed.read_text() == before
+
+
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as full, open("/dev/full", "wb", buffering=0) as device:
         device.write(b"x")
