@@ -22,7 +22,7 @@ demo: setup  ## the whole path, on a drawn corpus or on CORPUS=DIR
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: setup  ## the long tests too, which kill nodes, drivers and servers: half an hour or more
+test-all: setup  ## the long tests too: real kills, servers and environments of their own
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: setup  ## style, format and types
@@ -35,8 +35,8 @@ format: setup  ## correct what ruff can correct
 	$(BIN)/ruff format
 
 lock: setup  ## resolve the dependencies anew into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra mongo -o requirements.lock --python-version 3.11 \
-	  --no-emit-index-url --no-annotate --custom-compile-command "make lock"
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra mongo --extra server -o requirements.lock \
+	  --python-version 3.11 --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

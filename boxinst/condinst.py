@@ -38,7 +38,7 @@ class Outputs:
     mask_features: Tensor
     """[N, C, h, w] at the mask stride."""
     dense: DenseOutputs | None
-    """The FCOS head, when the model detects."""
+    """The FCOS head, when the model detects and was not told to leave it out."""
     prompt: Tensor | None
     """[P, K] parameters, one row per given box in order, when the model takes prompts and boxes were given."""
 
@@ -165,7 +165,12 @@ class CondInst(nn.Module):
         return x
 
     def forward(
-        self, images: Tensor, boxes: list[Tensor] | None = None, sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Tensor,
+        boxes: list[Tensor] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        detect: bool = True,
     ) -> Outputs:
         """One pass over a batch.
 
@@ -173,6 +178,7 @@ class CondInst(nn.Module):
             images: [N, 3, H, W] RGB in 0..255, contrast already stretched; H and W multiples of 32.
             boxes: N tensors [n, 4] xyxy pixels to make masks for, or None.
             sizes: N (height, width) without padding; all of the image when None.
+            detect: run the FCOS head, where the model has one.
         """
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
@@ -183,7 +189,7 @@ class CondInst(nn.Module):
         features = self.fpn(self.backbone(x.contiguous(memory_format=torch.channels_last)))
         return Outputs(
             mask_features=self.mask_branch(features),
-            dense=None if self.dense_head is None else self.dense_head([features[k] for k in DETECT_LEVELS]),
+            dense=self.dense_head([features[k] for k in DETECT_LEVELS]) if detect and self.dense_head else None,
             prompt=(
                 None
                 if self.prompt_head is None or boxes is None

@@ -15,6 +15,9 @@ BACKBONES = {
 }
 """Torchvision's residual block, and the number of them at each stride."""
 
+ANY_FILL = (0.0, 1.0)
+"""A ``LossConfig.fill_range`` that penalises nothing."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -70,6 +73,9 @@ class ModelConfig:
     contrast_stretch: tuple[float, float] | None = None
     """Percentiles (low, high) stretched to black and white, over the whole image, before anything else. Useful for dim
     images such as fluorescence microscopy: (0.5, 99.8)."""
+    views: int = 1
+    """Views of an image whose masks of given boxes are averaged: 1 the image alone, 2 with its mirror image, 4 upside
+    down as well. Better masks for that many times the work; no change to training. For objects that may lie any way."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """RGB mean that the network's input is shifted by."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -78,6 +84,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise InputError("model.backbone", self.backbone, f"Choose one of {', '.join(BACKBONES)}.")
+        if self.views not in (1, 2, 4):
+            raise InputError("model.views", self.views, "Choose 1, 2 or 4.")
         if self.mask_stride not in (2, 4, 8):
             raise InputError("model.mask_stride", self.mask_stride, "Choose 2, 4 or 8.")
         if not (self.detect or self.prompt):
@@ -134,6 +142,21 @@ class LossConfig:
     """Spacing of that neighbourhood, in cells of the loss grid."""
     theta: float = 2.0
     """Scale θ of the colour similarity exp(−‖c_i − c_j‖ / θ)."""
+    contrast_reach: int = 0
+    """Measure colour distances against their local mean, over so many cells of the loss grid in each direction; θ is
+    then in units of that mean. About the size of an object. For corpora of grainy and faint images together, where one
+    threshold cannot fit all. 0 as published."""
+    overlap_weight: float = 0.0
+    """Weight of the penalty on pixels that several boxes hold and more than one of their masks takes, in prompt mode: a
+    pixel has one owner. 0 as published."""
+    fill_range: tuple[float, float] = ANY_FILL
+    """Shares of its box that a mask may fill unpenalised, in prompt mode; (0, 1) for any, as published. Round objects
+    fill up to 0.785 of their box, as an ellipse does, and seldom less than 0.6."""
+    fill_weight: float = 1.0
+    """Weight of the penalty on the rest."""
+    teacher_weight: float = 0.0
+    """Weight of the dice loss on the masks of a mean teacher, the running average of the network, in prompt mode and
+    late in training, each mask weighing as much as the teacher is sure of it. 0 as published."""
     bottom_pixels: int = 0
     """Rows at the bottom of the original image that take no part in colour edges. 10 for COCO, whose photographs often
     have a border there; 0 elsewhere."""
@@ -154,6 +177,10 @@ class LossConfig:
             "bottom_pixels",
             "prompt_margin",
             "max_positives_in_all",
+            "contrast_reach",
+            "overlap_weight",
+            "fill_weight",
+            "teacher_weight",
         ):
             if getattr(self, name) < 0:
                 raise InputError(f"loss.{name}", getattr(self, name), "Give 0 or more.")
@@ -164,6 +191,8 @@ class LossConfig:
         for name in ("dilation", "max_positives"):
             if getattr(self, name) < 1:
                 raise InputError(f"loss.{name}", getattr(self, name), "Give at least 1.")
+        if not 0 <= self.fill_range[0] < self.fill_range[1] <= 1:
+            raise InputError("loss.fill_range", self.fill_range, "Give 0 ≤ least < most ≤ 1.")
         if self.theta <= 0:
             raise InputError("loss.theta", self.theta, "Give a positive number.")
 

@@ -9,13 +9,19 @@ A cell (row i, column j) of a grid with a stride s stands for the pixel position
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from boxinst.config import ModelConfig
+
+# Instances × cells that go through the layers at a time: on a CPU what one layer hands to the next stays in the cache.
+_CELLS_AT_ONCE = 1 << 16
+_CELLS_AT_ONCE_GPU = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,30 @@ def relative_axes(
     return (points[:, :1] - x) / scales[:, :1], (points[:, 1:] - y) / scales[:, 1:]
 
 
+def _coordinate_part(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """What the coordinates and the bias add to the first layer, which is linear: a row plus a column vector.
+
+    weight [P, channels, C + 2], bias [P, channels, 1], x [P, w], y [P, h] → [P, channels, h·w].
+    """
+    x, y = x.to(weight.dtype), y.to(weight.dtype)
+    along_x = (weight[:, :, 0, None] * x[:, None] + bias).unsqueeze(2)  # [P, channels, 1, w]
+    along_y = (weight[:, :, 1, None] * y[:, None]).unsqueeze(3)  # [P, channels, h, 1]
+    return (along_x + along_y).flatten(2)
+
+
 def _run_layers(first: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The layers after the first one. first: [P, channels, cells] before its ReLU → [P, cells]."""
     x = first
     for weight, bias in layers:
         x = torch.baddbmm(bias, weight, x.relu_())
     return x.squeeze(1)
+
+
+def _parts(start: int, end: int, cells: int, device: torch.device) -> Iterator[slice]:
+    """The instances from ``start`` to ``end``, each of so many cells, in parts that go through the layers together."""
+    limit = _CELLS_AT_ONCE if device.type == "cpu" else _CELLS_AT_ONCE_GPU
+    step = max(1, limit // max(cells, 1))
+    return (slice(first, min(first + step, end)) for first in range(start, end, step))
 
 
 def dynamic_masks(
@@ -97,9 +121,9 @@ def dynamic_masks(
 ) -> Tensor:
     """Mask logits of every instance over the whole map.
 
-    The first layer is linear in (x, y, features), so its feature part is one matrix product per image and its
-    coordinate part is the sum of a row and a column vector: neither the features nor the coordinates are
-    copied for each instance.
+    The first layer is linear in (x, y, features), so its feature part is one matrix product and its coordinate
+    part is the sum of a row and a column vector: neither the features nor the coordinates are copied for each
+    instance.
 
     Args:
         features: [N, C, h, w] mask features.
@@ -114,21 +138,17 @@ def dynamic_masks(
         [P, h, w] logits.
     """
     h, w = features.shape[-2:]
-    (weight, bias), *rest = head.split(parameters)
-    x, y = relative_axes(points, scales, (h, w), stride)
-    x, y = x.to(weight.dtype), y.to(weight.dtype)
-    products = []
-    for n in range(len(features)):
-        members = [p for p, image in enumerate(image_index) if image == n]
-        if members:
-            own = weight[members[0] : members[-1] + 1, :, 2:]
-            products.append((own.flatten(0, 1) @ features[n].flatten(1)).unflatten(0, own.shape[:2]))
-    if not products:
-        return features.new_zeros((0, h, w)) + parameters.sum()
-    along_x = (weight[:, :, 0, None] * x[:, None] + bias).unsqueeze(2)  # [P, channels, 1, w]
-    along_y = (weight[:, :, 1, None] * y[:, None]).unsqueeze(3)  # [P, channels, h, 1]
-    first = torch.cat(products).unflatten(2, (h, w)) + along_x + along_y
-    return _run_layers(first.flatten(2), rest).unflatten(1, (h, w))
+    masks = [features.new_zeros((0, h, w)) + parameters.sum()]  # also where there is no instance, one can go back
+    for n, group in groupby(range(len(image_index)), image_index.__getitem__):
+        members = list(group)
+        for part in _parts(members[0], members[-1] + 1, h * w, features.device):
+            (weight, bias), *rest = head.split(parameters[part])
+            x, y = relative_axes(points[part], scales[part], (h, w), stride)
+            coordinates = _coordinate_part(weight, bias, x, y)
+            # The features are the same for all, so that their part is one matrix product.
+            first = torch.addmm(coordinates.flatten(0, 1), weight[:, :, 2:].flatten(0, 1), features[n].flatten(1))
+            masks.append(_run_layers(first.view_as(coordinates), rest).unflatten(1, (h, w)))
+    return torch.cat(masks)
 
 
 def dynamic_mask_windows(
@@ -159,15 +179,14 @@ def dynamic_mask_windows(
     Returns:
         [P, rows, columns] logits.
     """
-    (weight, bias), *rest = head.split(parameters)
-    x, y = relative_axes(points, scales, size, stride, origins)
-    x, y = x.to(weight.dtype), y.to(weight.dtype)
-    crops = gather_windows(features, image_index, origins, size)  # [P, C, rows, columns]
-    feature_part = torch.bmm(weight[:, :, 2:], crops.flatten(2))
-    along_x = (weight[:, :, 0, None] * x[:, None] + bias).unsqueeze(2)
-    along_y = (weight[:, :, 1, None] * y[:, None]).unsqueeze(3)
-    first = feature_part.unflatten(2, size) + along_x + along_y
-    return _run_layers(first.flatten(2), rest).unflatten(1, size)
+    masks = [features.new_zeros((0, *size)) + parameters.sum()]
+    for part in _parts(0, len(parameters), size[0] * size[1], features.device):
+        (weight, bias), *rest = head.split(parameters[part])
+        x, y = relative_axes(points[part], scales[part], size, stride, origins[part])
+        crops = gather_windows(features, image_index[part], origins[part], size)  # [P, C, rows, columns]
+        first = torch.baddbmm(_coordinate_part(weight, bias, x, y), weight[:, :, 2:], crops.flatten(2))
+        masks.append(_run_layers(first, rest).unflatten(1, size))
+    return torch.cat(masks)
 
 
 def gather_windows(maps: Tensor, image_index: Tensor, origins: Tensor, size: tuple[int, int]) -> Tensor:

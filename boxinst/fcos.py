@@ -184,11 +184,15 @@ class Locations:
     """[L] pixels."""
     levels: Tensor
     """[L] int64, index into ``DETECT_LEVELS``."""
+    sizes: Tensor
+    """[L] pixels, of ``SIZES_OF_INTEREST``."""
+    ranges: Tensor
+    """[L, 2] pixels, of ``REGRESSION_RANGES``."""
 
 
 def locations(grids: list[tuple[int, int]], device: torch.device) -> Locations:
     """Centres of the cells of each detection level, (column · s + ⌊s/2⌋, row · s + ⌊s/2⌋)."""
-    points, strides, levels = [], [], []
+    points, strides, levels, sizes, ranges = [], [], [], [], []
     for k, (level, (h, w)) in enumerate(zip(DETECT_LEVELS, grids, strict=True)):
         s = 2**level
         y = torch.arange(h, device=device, dtype=torch.float32) * s + s // 2
@@ -196,7 +200,10 @@ def locations(grids: list[tuple[int, int]], device: torch.device) -> Locations:
         points.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], 1))
         strides.append(torch.full((h * w,), float(s), device=device))
         levels.append(torch.full((h * w,), k, device=device))
-    return Locations(torch.cat(points), torch.cat(strides), torch.cat(levels))
+        sizes.append(torch.full((h * w,), SIZES_OF_INTEREST[k], device=device))
+        # Filled in rather than looked up: no number is copied from the host, which would wait for the device.
+        ranges.append(torch.stack([torch.full((h * w,), end, device=device) for end in REGRESSION_RANGES[k]], 1))
+    return Locations(*(torch.cat(parts) for parts in (points, strides, levels, sizes, ranges)))
 
 
 @dataclass
@@ -206,7 +213,7 @@ class Assignment:
     instance: Tensor
     """[L] int64: the box each location predicts, −1 for background."""
     distances: Tensor
-    """[L, 4] left, top, right, bottom in units of the stride; meaningless on background."""
+    """[L, 4] left, top, right, bottom in units of the stride; 1 on background, so that every loss is finite there."""
     centerness: Tensor
     """[L] in 0..1, 0 on background."""
 
@@ -225,8 +232,8 @@ def sampling_centers(boxes: Tensor, size: tuple[int, int], masks: Tensor | None 
     Returns:
         [n, 2] (x, y).
     """
-    last = boxes.new_tensor([size[1] - 1, size[0] - 1])
-    centers = (boxes[:, :2].floor() + boxes[:, 2:].floor().minimum(last)) / 2
+    far = torch.stack([boxes[:, 2].floor().clamp(max=size[1] - 1), boxes[:, 3].floor().clamp(max=size[0] - 1)], 1)
+    centers = (boxes[:, :2].floor() + far) / 2
     if masks is None or not len(masks):
         return centers
     columns, rows = masks.sum(1), masks.sum(2)  # [n, width], [n, height] int64, so that the moments are exact
@@ -252,7 +259,7 @@ def assign(places: Locations, boxes: Tensor, centers: Tensor | None = None) -> A
     if not len(boxes):
         return Assignment(
             torch.full((count,), -1, device=boxes.device, dtype=torch.int64),
-            boxes.new_zeros((count, 4)),
+            boxes.new_ones((count, 4)),
             boxes.new_zeros(count),
         )
     x, y = places.points[:, 0, None], places.points[:, 1, None]  # [L, 1]
@@ -265,9 +272,8 @@ def assign(places: Locations, boxes: Tensor, centers: Tensor | None = None) -> A
     inside = distances.amin(2) > 0
     inside &= (x - torch.maximum(cx - reach, x0)).minimum(torch.minimum(cx + reach, x1) - x) > 0
     inside &= (y - torch.maximum(cy - reach, y0)).minimum(torch.minimum(cy + reach, y1) - y) > 0
-    ranges = torch.tensor(REGRESSION_RANGES, device=boxes.device)[places.levels]  # [L, 2]
     largest = distances.amax(2)
-    inside &= (largest >= ranges[:, :1]) & (largest <= ranges[:, 1:])
+    inside &= (largest >= places.ranges[:, :1]) & (largest <= places.ranges[:, 1:])
     area = torch.where(inside, (x1 - x0) * (y1 - y0), math.inf)  # [L, n]
     smallest, instance = area.min(1)
     positive = smallest < math.inf
@@ -278,36 +284,39 @@ def assign(places: Locations, boxes: Tensor, centers: Tensor | None = None) -> A
     )
     return Assignment(
         torch.where(positive, instance, -1),
-        own / places.strides[:, None],
+        torch.where(positive[:, None], own / places.strides[:, None], 1.0),
         torch.where(positive, centerness, 0.0),
     )
 
 
-def sample_positives(instance: Tensor, scores: Tensor, limit: int) -> Tensor:
+def sample_positives(instance: Tensor, scores: Tensor, limit: int, boxes: int) -> Tensor:
     """At most ``limit`` positive locations of one image, shared evenly among its boxes, best scores first.
 
     Of g boxes that have a positive location each gets at most max(⌊limit / g⌋, 1), also where there are fewer than
-    ``limit`` in all, as published.
+    ``limit`` in all, as published. Nothing here waits for the device, so that the result has one slot for each that
+    there could be.
 
     Args:
         instance: [L] the box of each location, −1 for background.
         scores: [L] class × centre-ness, of the best class.
         limit: how many in all; each box gets at least one.
+        boxes: how many boxes the image has.
 
     Returns:
-        Indices of the locations, int64, by box and within a box by score.
+        [max(limit, boxes)] int64 indices of the locations, by box and within a box by score, then −1 in empty slots.
     """
-    positive = (instance >= 0).nonzero().squeeze(1)
-    if not len(positive):
-        return positive
-    owner = instance[positive]
-    order = scores[positive].argsort(descending=True, stable=True)
-    order = order[owner[order].argsort(stable=True)]  # by box, within a box by score
+    owner = torch.where(instance >= 0, instance, boxes)
+    order = scores.argsort(descending=True, stable=True)
+    order = order[owner[order].argsort(stable=True)]  # by box, within a box by score; the background comes last
+    counts = owner.new_zeros(boxes + 1).scatter_add_(0, owner, torch.ones_like(owner))
+    share = (limit // (counts[:boxes] > 0).sum().clamp(min=1)).clamp(min=1)
     grouped = owner[order]
-    _, counts = grouped.unique_consecutive(return_counts=True)
-    rank = torch.arange(len(grouped), device=grouped.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    share = max(limit // len(counts), 1)
-    return positive[order[rank < share]]
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[grouped]
+    chosen = (rank < share) & (grouped < boxes)
+    slots = max(limit, boxes)
+    # The n-th of the chosen goes to slot n, and all others to one more slot, which is cut off.
+    slot = torch.where(chosen, chosen.cumsum(0) - 1, slots)
+    return order.new_full((slots + 1,), -1).scatter_(0, slot, order)[:slots]
 
 
 def boxes_from_distances(points: Tensor, distances: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchvision.ops import sigmoid_focal_loss
 
+from boxinst.contrast import local_contrast
+
 DICE_EPS = 1e-5
 
 # sRGB to XYZ (D65) and the white point of the 2° observer: the constants of skimage.color.rgb2lab.
@@ -30,7 +32,9 @@ _WHITE = (0.95047, 1.0, 1.08883)
 
 # Cells handled at a time by the pairwise loss: on a CPU its temporaries then stay in the cache.
 _CHUNK_CPU = 1 << 16
-_CHUNK_GPU = 1 << 24
+_CHUNK_GPU = 1 << 22
+# The calls for one part alone take as long as some 10,000 cells: smaller maps are not cut to the box.
+_CELLS_OF_A_SMALL_MAP = 1 << 14
 
 
 # ------------------------------------------------------------------------------------------------ detection (FCOS)
@@ -79,15 +83,16 @@ def giou_loss(distances: Tensor, targets: Tensor, weights: Tensor | None = None)
     return loss.sum() if weights is None else (loss * weights).sum()
 
 
-def centerness_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the binary cross-entropy of the centre-ness (FCOS, arXiv 1904.01355, eq. 3).
+def centerness_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum of the binary cross-entropy of the centre-ness (FCOS, arXiv 1904.01355, eq. 3).
 
     Args:
-        logits: [n] at positive locations.
+        logits: [n].
         targets: [n], sqrt(min(l, r) / max(l, r) · min(t, b) / max(t, b)), in 0..1.
+        weights: [n], 1 at positive locations and 0 elsewhere; 1 each when None.
     """
     logits = _full(logits)
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), weights, reduction="sum")
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -157,10 +162,15 @@ def color_similarity(
     kernel_size: int = 3,
     dilation: int = 2,
     theta: float = 2.0,
+    contrast_reach: int = 0,
 ) -> Tensor:
     """Colour similarity of each cell and its neighbours, exp(−‖c_i − c_j‖ / θ) in CIE-LAB (BoxInst, eq. 6).
 
     Colours are those of the image reduced by averaging stride × stride pixels and cut to 8 bits.
+
+    With a ``contrast_reach`` of r the distances of cell i are divided by their mean over the (2r + 1)² cells around it.
+    One θ then means the same in a grainy image, where neighbours of one object differ much, and in a faint one, where
+    even an outline is a small difference.
 
     Args:
         images: [N, 3, H, W] RGB in 0..255, uint8 or float.
@@ -169,7 +179,8 @@ def color_similarity(
         stride: pixels per cell, along each axis.
         kernel_size: side of the neighbourhood, odd.
         dilation: distance in cells between neighbours.
-        theta: θ.
+        theta: θ, in units of ΔE, or of the local mean distance where ``contrast_reach`` is given.
+        contrast_reach: r in cells, about the size of an object; 0 for distances as they are.
 
     Returns:
         [N, K, H // stride, W // stride] float32, 0 where the neighbour is invalid or outside the image.
@@ -187,12 +198,16 @@ def color_similarity(
     reach = kernel_size // 2 * dilation
     around = (reach, reach, reach, reach)
     lab_padded, valid_padded = F.pad(lab, around), F.pad(neighbour_valid, around)
-    similarity = lab.new_empty(n, kernel_size**2 - 1, h, w)
+    distances = lab.new_empty(n, kernel_size**2 - 1, h, w)
+    neighbours_valid = torch.empty_like(distances, dtype=torch.bool)
     for k, (dy, dx) in enumerate(neighbours(kernel_size, dilation)):
         rows, columns = slice(reach + dy, reach + dy + h), slice(reach + dx, reach + dx + w)
-        distance = (lab - lab_padded[:, :, rows, columns]).square().sum(1).sqrt()
-        similarity[:, k] = (-distance / theta).exp() * valid_padded[:, rows, columns]
-    return similarity
+        distances[:, k] = (lab - lab_padded[:, :, rows, columns]).square().sum(1).sqrt()
+        neighbours_valid[:, k] = valid_padded[:, rows, columns]
+    unit: Tensor | float = theta
+    if contrast_reach:
+        unit = theta * local_contrast(distances, neighbours_valid & neighbour_valid[:, None], contrast_reach)
+    return (-distances / unit).exp_().mul_(neighbours_valid)
 
 
 def _lab_from_rgb(rgb: Tensor) -> Tensor:
@@ -279,23 +294,53 @@ def pairwise_terms(
         bits = torch.zeros_like(alike[:, 0], dtype=torch.uint8 if alike.shape[1] <= 8 else torch.int64)
         for k in range(alike.shape[1]):
             bits |= alike[:, k].to(bits.dtype) << k
+        bits &= _bits_within(bits.shape[1], bits.shape[2], kernel_size, dilation, bits)
         degree = alike.sum(1, dtype=torch.uint8)
+        inside = box_masks.bool()
+        if image_index is None:
+            image_index = torch.arange(len(mask_logits), device=mask_logits.device)
         if corners is not None:
-            if image_index is None:
-                image_index = torch.arange(len(mask_logits), device=mask_logits.device)
-            cells, inside = _window_cells(corners, image_index, bits.shape, mask_logits.shape)
-            inside = inside & box_masks.bool()
+            cells, in_grid = window_cells(corners, image_index, bits.shape, mask_logits.shape)
+            inside = inside & in_grid
             bits, degree = (x.flatten().index_select(0, cells.flatten()).view_as(inside) for x in (bits, degree))
-        else:
-            inside = box_masks.bool()
-            if image_index is not None:
-                bits, degree = bits.index_select(0, image_index), degree.index_select(0, image_index)
-        count = (degree * inside).sum()
-        within = _bits_within(bits.shape[1], bits.shape[2], kernel_size, dilation, bits)
-        pairs = bits * inside & within
-    with torch.autocast(mask_logits.device.type, enabled=False):
-        total = _PairwiseSum.apply(mask_logits, pairs, kernel_size, dilation)
+            bits &= _bits_within(bits.shape[1], bits.shape[2], kernel_size, dilation, bits)
+            image_index = torch.arange(len(mask_logits), device=mask_logits.device)  # each has its own cells now
+        crops = _crops(inside, kernel_size // 2 * dilation)
+        pairs, count = [], torch.zeros((), dtype=torch.int64, device=mask_logits.device)
+        for who, rows, columns in crops:
+            of, within = image_index[who], inside[who, rows, columns]
+            pairs.append(bits[:, rows, columns].index_select(0, of) * within)
+            count += (degree[:, rows, columns].index_select(0, of) * within).sum()
+    total = _PairwiseSum.apply(mask_logits, crops, pairs, neighbours(kernel_size, dilation))
     return total, count.to(total.dtype)
+
+
+Crop = tuple[slice, slice, slice]
+"""Instances, rows and columns: a part of [P, H, W]."""
+
+
+def _crops(inside: Tensor, margin: int) -> list[Crop]:
+    """Parts of [P, H, W] that together hold every True cell and, within the grid, ``margin`` cells around it.
+
+    On a CPU every instance is cut to its extent, so that the cost follows the area of the boxes; but small maps stay
+    whole, several at a time, since each part has its own costs. On a GPU one would have to wait for the extents.
+    """
+    count, h, w = inside.shape
+    on_cpu = inside.device.type == "cpu"
+    if h * w <= _CELLS_OF_A_SMALL_MAP or not on_cpu:
+        step = max(1, (_CHUNK_CPU if on_cpu else _CHUNK_GPU) // max(h * w, 1))
+        return [(slice(first, first + step), slice(0, h), slice(0, w)) for first in range(0, count, step)]
+    spans = []
+    for axis, length in ((2, h), (1, w)):
+        taken = inside.view(torch.uint8).amax(axis)  # [P, length]; bytes are quicker to reduce than bool
+        first, after = taken.argmax(1), length - taken.flip(1).argmax(1)
+        spans.append(torch.stack([(first - margin).clamp(min=0), after + margin], 1).tolist())
+    filled = inside.flatten(1).any(1).tolist()
+    return [
+        (slice(p, p + 1), slice(*rows), slice(*columns))
+        for p, (rows, columns) in enumerate(zip(*spans, strict=True))
+        if filled[p]
+    ]
 
 
 class _PairwiseSum(torch.autograd.Function):
@@ -307,59 +352,58 @@ class _PairwiseSum(torch.autograd.Function):
         Σ_i W_i softplus(a_i) − Σ_(i,j) w_ij softplus(a_i + a_j),
         its gradient to a_i is W_i σ(a_i) − Σ_j w_ij σ(a_i + a_j).
 
-    Both come out of one pass, so that nothing but the gradient is kept for the way back.
+    Both come out of one pass, so that nothing but the gradient within the crops is kept for the way back.
     """
 
     @staticmethod
-    def forward(ctx: Any, mask_logits: Tensor, pairs: Tensor, kernel_size: int, dilation: int) -> Tensor:
-        """mask_logits [P, h, w]; pairs [P, h, w]: bit k is set where the cell has the pair with its neighbour k."""
-        count, h, w = mask_logits.shape
+    def forward(
+        ctx: Any, mask_logits: Tensor, crops: list[Crop], pairs: list[Tensor], offsets: list[tuple[int, int]]
+    ) -> Tensor:
+        """The sum over ``crops`` of mask_logits [P, H, W]; no cell outside them has a pair.
+
+        pairs: [m, h, w] for each crop: bit k is set where the cell has the pair with its neighbour k, at offsets[k],
+        which then lies in the crop too.
+        """
         dtype = torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(mask_logits, dtype=dtype) if needs_gradient else None
-        total = torch.zeros((), dtype=torch.float64, device=mask_logits.device)
-        offsets = neighbours(kernel_size, dilation)
-        # Later neighbours in row-major order. None of the others lies within so small a grid.
-        later = [k for k, (dy, dx) in enumerate(offsets) if (dy, dx) > (0, 0) and dy < h and abs(dx) < w]
-        step = max(1, (_CHUNK_GPU if mask_logits.is_cuda else _CHUNK_CPU) // max(h * w, 1))
-        for first in range(0, count, step):
-            chunk = slice(first, first + step)
-            # In the flat order a neighbour is a fixed shift away; where the shift leaves the row or the
-            # instance the neighbour lies outside the grid, and there the pair's bit is 0.
-            a = mask_logits[chunk].to(dtype).flatten()
-            has_pair = pairs[chunk].flatten()
-            weight = torch.zeros_like(has_pair)
-            pull = torch.zeros_like(a)
-            for k in later:
-                shift = offsets[k][0] * w + offsets[k][1]
-                w_ij = (has_pair >> k & 1)[:-shift] + (has_pair >> len(offsets) - 1 - k & 1)[shift:]
-                weight[:-shift] += w_ij
-                weight[shift:] += w_ij
-                w_ij = w_ij.to(dtype)
-                sums = a[:-shift] + a[shift:]
-                # Summed in double precision: the two sums are large and nearly cancel.
-                total -= (F.softplus(sums) * w_ij).sum(dtype=torch.float64)
-                if needs_gradient:
-                    edge_pull = sums.sigmoid_().mul_(w_ij)
-                    pull[:-shift] += edge_pull
-                    pull[shift:] += edge_pull
-            weight = weight.to(dtype)
-            total += (F.softplus(a) * weight).sum(dtype=torch.float64)
-            if gradient is not None:
-                gradient[chunk] = a.sigmoid().mul_(weight).sub_(pull).view(-1, h, w)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        ctx.dtype = mask_logits.dtype
-        return total.to(dtype)
+        sums = [_crop_sum(mask_logits[c].to(dtype), p, offsets) for c, p in zip(crops, pairs, strict=True)]
+        ctx.save_for_backward(*(gradient for _, gradient in sums))
+        ctx.crops, ctx.shape, ctx.dtype = crops, mask_logits.shape, mask_logits.dtype
+        zero = torch.zeros((), dtype=torch.float64, device=mask_logits.device)
+        return sum((value for value, _ in sums), zero).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None, None
+        gradient = grad_output.new_zeros(ctx.shape, dtype=ctx.dtype)
+        for crop, part in zip(ctx.crops, ctx.saved_tensors, strict=True):
+            gradient[crop] = part * grad_output
+        return gradient, None, None, None
 
 
-def _window_cells(corners: Tensor, image_index: Tensor, grid: torch.Size, window: torch.Size) -> tuple[Tensor, Tensor]:
+def _crop_sum(logits: Tensor, pairs: Tensor, offsets: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The sum of ``_PairwiseSum`` over logits [m, h, w], in double precision, and its gradient [m, h, w]."""
+    _, h, w = logits.shape
+    a, has_pair = logits.flatten(), pairs.flatten()
+    value, weight, pull = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
+    for k, (dy, dx) in enumerate(offsets):
+        if (dy, dx) < (0, 0) or dy >= h or abs(dx) >= w:
+            continue  # an edge belongs to its first end in row-major order; so small a grid has none of the others
+        # In the flat order a neighbour is a fixed shift away; where the shift leaves the row or the instance the
+        # neighbour lies outside the crop, and there the pair's bit is 0.
+        shift = dy * w + dx
+        i, j = slice(None, -shift), slice(shift, None)
+        w_ij = ((has_pair >> k & 1)[i] + (has_pair >> len(offsets) - 1 - k & 1)[j]).to(a.dtype)
+        sums = a[i] + a[j]
+        value[i].sub_(F.softplus(sums).mul_(w_ij))
+        edge_pull = sums.sigmoid_().mul_(w_ij)
+        for end in (i, j):
+            weight[end].add_(w_ij)
+            pull[end].add_(edge_pull)
+    value.add_(F.softplus(a).mul_(weight))
+    return value.sum(dtype=torch.float64), a.sigmoid().mul_(weight).sub_(pull).view_as(logits)
+
+
+def window_cells(corners: Tensor, image_index: Tensor, grid: torch.Size, window: torch.Size) -> tuple[Tensor, Tensor]:
     """Where the cells of the windows lie in a flattened [N, H, W] grid, [P, h, w] int64, and whether they do."""
     _, height, width = grid
     rows = corners[:, :1] + torch.arange(window[1], device=corners.device)  # [P, h]

@@ -5,7 +5,9 @@ Shape letters: N images, P instances, H and W pixels, h and w cells of the mask 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +24,7 @@ from boxinst.dynamic import (
     window_groups,
 )
 from boxinst.errors import InputError
-from boxinst.fcos import SIZES_OF_INTEREST, decode, locations
+from boxinst.fcos import decode, locations
 from boxinst.losses import color_similarity, neighbours
 from boxinst.structures import Instances
 from boxinst.transforms import contrast_stretch
@@ -41,6 +43,9 @@ _CELLS_AT_ONCE = 2**21
 
 _IMAGES_AT_ONCE = 4
 
+MIRRORS: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
+"""Axes of an image [3, H, W] flipped in each view, of which a model takes the first ``ModelConfig.views``."""
+
 
 def segment(
     model: CondInst,
@@ -53,7 +58,8 @@ def segment(
     """One mask for every given box, in the order given.
 
     A mask never leaves its box. Its pixels are those with a probability of at least ½, or of at least half the box's
-    highest where that is lower: a doubtful object so gets a small mask with a low score rather than none.
+    highest where that is lower: a doubtful object so gets a small mask with a low score rather than none. Where the
+    model's config has ``views``, probabilities are means over the mirrored images.
     The score is the mean probability over the mask times the ``outline_contrast`` of the mask.
 
     Args:
@@ -71,23 +77,52 @@ def segment(
     _check(images, boxes, labels)
     labels = labels or [torch.zeros(len(b), dtype=torch.int64) for b in boxes]
     result: list[Instances | None] = [None] * len(images)
-    for members, batch, outputs, given in _passes(model, images, boxes):
-        assert outputs.prompt is not None
-        start = 0
-        for k, n in enumerate(members):
-            end = start + len(given[k])
-            result[n] = _prompt_masks(
-                model,
-                outputs.mask_features[k : k + 1],
-                outputs.prompt[start:end],
-                given[k],
-                batch[k],
-                images[n],
-                logits,
-            )
-            result[n].boxes, result[n].labels = boxes[n].float(), labels[n]  # type: ignore[union-attr]
-            start = end
+    mirrors = MIRRORS[1 : model.config.views]
+    mirrored = (
+        _passes(
+            model,
+            [image.flip(axes) for image in images],
+            [mirror_boxes(b, axes, (image.shape[1], image.shape[2])) for b, image in zip(boxes, images, strict=True)],
+        )
+        for axes in mirrors
+    )
+    with _evaluating(model):
+        for (members, batch, outputs, given), *others in zip(_passes(model, images, boxes), *mirrored, strict=True):
+            assert outputs.prompt is not None
+            start = 0
+            for k, n in enumerate(members):
+                end = start + len(given[k])
+                height, width = images[n].shape[-2:]
+                views = [
+                    [
+                        crop.flip([axis - 1 for axis in axes])
+                        for crop in _box_crops(model, o, k, start, seen[k], (height, width))
+                    ]
+                    for axes, (_, _, o, seen) in zip(mirrors, others, strict=True)
+                ]
+                result[n] = prompt_masks(
+                    model,
+                    outputs.mask_features[k : k + 1],
+                    outputs.prompt[start:end],
+                    given[k],
+                    batch[k],
+                    images[n],
+                    logits,
+                    views,
+                )
+                result[n].boxes, result[n].labels = boxes[n].float(), labels[n]
+                start = end
     return result  # type: ignore[return-value]
+
+
+def mirror_boxes(boxes: Tensor, axes: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """Boxes [n, 4] xyxy of an image of (height, width) in the image flipped along ``axes``, 1 down and 2 across."""
+    x0, y0, x1, y1 = boxes.unbind(1)
+    if 2 in axes:
+        x0, x1 = size[1] - x1, size[1] - x0
+    if 1 in axes:
+        y0, y1 = size[0] - y1, size[0] - y0
+    return torch.stack([x0, y0, x1, y1], 1)
 
 
 def detect(
@@ -122,48 +157,49 @@ def detect(
         raise InputError("sizes", f"{len(sizes)} entries", f"There are {len(images)} images: give one entry for each.")
     result: list[Instances | None] = [None] * len(images)
     head, stride = HeadShape.of(model.config), model.config.mask_stride
-    for members, _, outputs, _ in _passes(model, images, None):
-        assert outputs.dense is not None
-        places = locations(outputs.dense.grids, outputs.mask_features.device)
-        for k, n in enumerate(members):
-            height, width = images[n].shape[-2:]
-            found = decode(
-                outputs.dense,
-                k,
-                (height, width),
-                score_threshold=score_threshold,
-                max_detections=max_detections,
-            )
-            rows, columns = (height, width) if sizes is None else sizes[n]
-            scales = torch.tensor(SIZES_OF_INTEREST, device=found.boxes.device)[places.levels[found.location]]
-            masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
-            raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
-            cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
-            at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
-            for part in torch.arange(len(found.boxes)).split(at_once):
-                where = found.location[part]
-                maps = dynamic_masks(
-                    outputs.mask_features[k : k + 1],
-                    [0] * len(part),
-                    outputs.dense.controllers[k, where],
-                    places.points[where],
-                    scales[part, None].expand(-1, 2),
-                    head=head,
-                    stride=stride,
-                ).float()
-                maps = aligned_upsample(maps, 2)
-                inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
-                masks[part] = (inside > 0.5).cpu()
-                if raw is not None:
-                    # The counter-probability on its own, since 1 − p has no digits left where p is near 1, and both in
-                    # double precision, in which a logit of −100 still has a probability.
-                    p, q = (
-                        _to_image((sign * maps.double()).sigmoid(), stride // 2, (height, width), (rows, columns))
-                        for sign in (1, -1)
-                    )
-                    raw[part] = (p.clamp(min=_LEAST).log() - q.clamp(min=_LEAST).log()).float().cpu()
-            boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
-            result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
+    with _evaluating(model):
+        for members, _, outputs, _ in _passes(model, images, None):
+            assert outputs.dense is not None
+            places = locations(outputs.dense.grids, outputs.mask_features.device)
+            for k, n in enumerate(members):
+                height, width = images[n].shape[-2:]
+                found = decode(
+                    outputs.dense,
+                    k,
+                    (height, width),
+                    score_threshold=score_threshold,
+                    max_detections=max_detections,
+                )
+                rows, columns = (height, width) if sizes is None else sizes[n]
+                scales = places.sizes[found.location]
+                masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
+                raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
+                cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
+                at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
+                for part in torch.arange(len(found.boxes)).split(at_once):
+                    where = found.location[part]
+                    maps = dynamic_masks(
+                        outputs.mask_features[k : k + 1],
+                        [0] * len(part),
+                        outputs.dense.controllers[k, where],
+                        places.points[where],
+                        scales[part, None].expand(-1, 2),
+                        head=head,
+                        stride=stride,
+                    ).float()
+                    maps = aligned_upsample(maps, 2)
+                    inside = _to_image(maps.sigmoid(), stride // 2, (height, width), (rows, columns))
+                    masks[part] = (inside > 0.5).cpu()
+                    if raw is not None:
+                        # The counter-probability on its own, since 1 − p has no digits left where p is near 1, and
+                        # both in double precision, in which a logit of −100 still has a probability.
+                        p, q = (
+                            _to_image((sign * maps.double()).sigmoid(), stride // 2, (height, width), (rows, columns))
+                            for sign in (1, -1)
+                        )
+                        raw[part] = (p.clamp(min=_LEAST).log() - q.clamp(min=_LEAST).log()).float().cpu()
+                boxes = found.boxes * found.boxes.new_tensor([columns / width, rows / height] * 2)
+                result[n] = Instances(boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks, raw)
     return result  # type: ignore[return-value]
 
 
@@ -190,6 +226,21 @@ def _check(images: list[Tensor], boxes: list[Tensor] | None, labels: list[Tensor
             raise InputError(f"labels[{n}]", f"{len(labels[n])} entries", f"There are {len(given)} boxes.")
 
 
+@contextmanager
+def _evaluating(model: CondInst) -> Iterator[None]:
+    """No gradients, and the network in evaluation mode; both as they were afterwards.
+
+    Around all passes and in none of them: as generators they end in another order than they began.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def _passes(
     model: CondInst, images: list[Tensor], boxes: list[Tensor] | None
 ) -> Iterator[tuple[list[int], Tensor, Outputs, list[Tensor]]]:
@@ -203,45 +254,45 @@ def _passes(
     for n, image in enumerate(images):
         height, width = image.shape[-2:]
         groups.setdefault((-(-height // 32) * 32, -(-width // 32) * 32), []).append(n)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for (height, width), all_members in groups.items():
-                for start in range(0, len(all_members), _IMAGES_AT_ONCE):
-                    members = all_members[start : start + _IMAGES_AT_ONCE]
-                    batch = torch.zeros((len(members), 3, height, width), dtype=torch.uint8)
-                    for k, n in enumerate(members):
-                        image = images[n]
-                        if model.config.contrast_stretch is not None:
-                            image = contrast_stretch(image, *model.config.contrast_stretch)
-                        batch[k, :, : image.shape[1], : image.shape[2]] = image
-                    given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
-                    sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
-                    batch = batch.to(device)
-                    yield members, batch, model(batch, given if boxes is not None else None, sizes), given
-    finally:
-        model.train(training)
+    for (height, width), all_members in groups.items():
+        for start in range(0, len(all_members), _IMAGES_AT_ONCE):
+            members = all_members[start : start + _IMAGES_AT_ONCE]
+            batch = torch.zeros((len(members), 3, height, width), dtype=torch.uint8)
+            for k, n in enumerate(members):
+                image = images[n]
+                if model.config.contrast_stretch is not None:
+                    image = contrast_stretch(image, *model.config.contrast_stretch)
+                batch[k, :, : image.shape[1], : image.shape[2]] = image
+            given = [boxes[n].to(device, torch.float32) for n in members] if boxes is not None else []
+            sizes = [(images[n].shape[1], images[n].shape[2]) for n in members]
+            batch = batch.to(device)
+            # Given boxes need none of the dense head, which is about a third of the network.
+            prompts = None if boxes is None else given
+            outputs = model(batch, prompts, sizes, detect=prompts is None)
+            yield members, batch, outputs, given
 
 
-def _prompt_masks(
-    model: CondInst, features: Tensor, parameters: Tensor, boxes: Tensor, seen: Tensor, image: Tensor, logits: bool
-) -> Instances:
-    """Masks of the boxes [P, 4] of one image from its mask features [1, C, h, w] and their parameters [P, K].
+def _windows(
+    model: CondInst, features: Tensor, parameters: Tensor, boxes: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Mask logits of the boxes [P, 4] of one image, some boxes at a time, each in a window of the image.
 
-    ``seen`` is the image as the network sees it, [3, h · stride, w · stride], ``image`` as it was given.
+    Args:
+        model: the network.
+        features: [1, C, h, w] mask features.
+        parameters: [P, K].
+        boxes: [P, 4] xyxy pixels.
+
+    Yields:
+        Which boxes, int64 [m]; the first pixel (x, y) of each window, int64 [m, 2]; logits [m, rows, columns]. Every
+        box comes once.
     """
-    height, width = image.shape[-2:]
-    similarity = color_similarity(seen[None], stride=1)[0] if len(boxes) else seen[:0].float()
     stride = model.config.mask_stride
-    masks = torch.zeros((len(boxes), height, width), dtype=torch.bool)
-    raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
-    scores = torch.zeros(len(boxes))
     points, scales = prompt_coordinates(boxes)
     # A cell of margin on either side keeps the interpolation inside the box free of the window's own border.
     for group in window_groups(boxes, (features.shape[2], features.shape[3]), stride, margin=2.0 * stride):
-        rows, columns = group.size[0] * stride, group.size[1] * stride
-        for part in torch.arange(len(group.members)).split(max(1, _CELLS_AT_ONCE // (rows * columns))):
+        cells = group.size[0] * group.size[1] * stride**2
+        for part in torch.arange(len(group.members)).split(max(1, _CELLS_AT_ONCE // cells)):
             who, origins = group.members[part], group.origins[part]
             coarse = dynamic_mask_windows(
                 features,
@@ -254,21 +305,83 @@ def _prompt_masks(
                 head=HeadShape.of(model.config),
                 stride=stride,
             ).float()
-            fine = upsample(upsample(coarse, 2), stride // 2)  # [m, rows, columns]
-            inside = box_masks(boxes[who], (rows, columns), 1, origins * stride)
-            probability = fine.sigmoid() * inside
-            threshold = (probability.amax((1, 2)) / 2).clamp(max=0.5)
-            chosen = (probability >= threshold[:, None, None]) & inside
-            score = (probability * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
-            score = score * outline_contrast(chosen, similarity, origins * stride, (height, width))
-            scores[who.cpu()] = score.cpu()
-            for k, p in enumerate(who.tolist()):
-                x, y = (origins[k] * stride).tolist()
-                region = (p, slice(y, min(y + rows, height)), slice(x, min(x + columns, width)))
-                size = (slice(0, max(0, height - y)), slice(0, max(0, width - x)))
-                masks[region] = chosen[k][size].cpu()
-                if raw is not None:
-                    raw[region] = fine[k][size].cpu()
+            yield who, origins * stride, upsample(upsample(coarse, 2), stride // 2)
+
+
+def _region(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The whole pixels x0, y0, x1, y1 of an image of (height, width) that a box touches."""
+    x0, y0 = min(max(math.floor(box[0]), 0), size[1]), min(max(math.floor(box[1]), 0), size[0])
+    return x0, y0, max(min(math.ceil(box[2]), size[1]), x0), max(min(math.ceil(box[3]), size[0]), y0)
+
+
+def _box_crops(
+    model: CondInst, outputs: Outputs, image: int, start: int, boxes: Tensor, size: tuple[int, int]
+) -> list[Tensor]:
+    """Probabilities in the ``_region`` of each box of one image of a batch, whose first box has the row ``start``."""
+    assert outputs.prompt is not None
+    crops: list[Tensor] = [boxes.new_zeros(0)] * len(boxes)
+    features, parameters = outputs.mask_features[image : image + 1], outputs.prompt[start : start + len(boxes)]
+    regions = [_region(box, size) for box in boxes.tolist()]
+    for who, corners, logits in _windows(model, features, parameters, boxes):
+        probability = logits.sigmoid()
+        for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
+            x0, y0, x1, y1 = regions[p]
+            crops[p] = probability[k, y0 - y : y1 - y, x0 - x : x1 - x]
+    return crops
+
+
+def prompt_masks(
+    model: CondInst,
+    features: Tensor,
+    parameters: Tensor,
+    boxes: Tensor,
+    seen: Tensor,
+    image: Tensor,
+    logits: bool = False,
+    views: Sequence[Sequence[Tensor]] = (),
+) -> Instances:
+    """Masks of the given boxes of one image, some at a time; the cost of each follows the area of its box.
+
+    Args:
+        model: the network.
+        features: [1, C, h, w] mask features.
+        parameters: [P, K] of the prompt head.
+        boxes: [P, 4] xyxy pixels.
+        seen: the image as the network sees it, uint8 [3, h · stride, w · stride].
+        image: the image as it was given, [3, H, W].
+        logits: also return the mask logits.
+        views: from other views of the image, the probabilities in each box's ``_region``.
+    """
+    height, width = image.shape[-2:]
+    similarity = color_similarity(seen[None], stride=1)[0] if len(boxes) else seen[:0].float()
+    masks = torch.zeros((len(boxes), height, width), dtype=torch.bool)
+    raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
+    scores = torch.zeros(len(boxes))
+    regions = [_region(box, (height, width)) for box in boxes.tolist()] if views else []
+    for who, corners, fine in _windows(model, features, parameters, boxes):
+        rows, columns = fine.shape[1:]
+        inside = box_masks(boxes[who], (rows, columns), 1, corners)
+        inside &= (corners[:, 1, None] + torch.arange(rows, device=fine.device) < height)[:, :, None]
+        inside &= (corners[:, :1] + torch.arange(columns, device=fine.device) < width)[:, None]
+        probability = fine.sigmoid()
+        if views:
+            for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
+                x0, y0, x1, y1 = regions[p]
+                own = probability[k, y0 - y : y1 - y, x0 - x : x1 - x]
+                own.copy_((own + sum(view[p] for view in views)) / (1 + len(views)))
+            fine = torch.logit(probability, eps=1e-7)
+        probability = probability * inside
+        threshold = (probability.amax((1, 2)) / 2).clamp(max=0.5)
+        chosen = (probability >= threshold[:, None, None]) & inside
+        score = (probability * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
+        score = score * outline_contrast(chosen, similarity, corners, (height, width))
+        scores[who.cpu()] = score.cpu()
+        for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
+            region = (p, slice(y, min(y + rows, height)), slice(x, min(x + columns, width)))
+            size = (slice(0, max(0, height - y)), slice(0, max(0, width - x)))
+            masks[region] = chosen[k][size].cpu()
+            if raw is not None:
+                raw[region] = fine[k][size].cpu()
     return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
 
 

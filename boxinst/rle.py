@@ -22,11 +22,11 @@ def encode(masks: Tensor) -> list[bytes]:
 
 
 def decode(counts: Sequence[bytes], height: int, width: int) -> Tensor:
-    """Inverse of ``encode``: [n, height, width] bool."""
+    """Inverse of ``encode``: [n, height, width] bool, whose columns lie first in memory, as in the counts."""
     if len(counts) == 0:
         return torch.zeros(0, height, width, dtype=torch.bool)
     masks = torch.from_numpy(coco_mask.decode(to_coco(counts, height, width)))  # [H, W, n] uint8
-    return masks.permute(2, 0, 1).to(torch.bool, memory_format=torch.contiguous_format)
+    return masks.permute(2, 0, 1).view(torch.bool)
 
 
 def extent(counts: Sequence[bytes], height: int, width: int) -> Tensor:

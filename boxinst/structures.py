@@ -43,7 +43,9 @@ class Targets:
             raise InputError("Targets.boxes", tuple(self.boxes.shape), "Give a tensor of shape [n, 4] (xyxy).")
         n, device = len(self.boxes), self.boxes.device
         if self.masks is None:
-            if self.has_mask is not None and bool(self.has_mask.any()):
+            # Elsewhere one would have to wait for the answer; targets are made in host memory.
+            on_host = self.has_mask is not None and self.has_mask.device.type == "cpu"
+            if on_host and bool(self.has_mask.any()):
                 raise InputError("Targets.has_mask", "True without masks", "Give the masks [n, H, W] too.")
             self.has_mask = torch.zeros(n, dtype=torch.bool, device=device)
         elif self.has_mask is None:
@@ -117,17 +119,22 @@ class Batch:
     """N entries."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """N entries (height, width) before padding; the padded size when not given."""
+    host: list[Targets] = field(default_factory=list)
+    """``targets`` in host memory: what is planned from the labels then never waits for the device."""
 
     def __post_init__(self) -> None:
+        if not self.host:
+            self.host = [t.to("cpu") for t in self.targets]
         if not self.sizes:
             self.sizes = [(self.images.shape[2], self.images.shape[3])] * len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """The same batch on ``device``; its ``host`` stays where it is."""
         return Batch(
             self.images.to(device, non_blocking=True),
             self.valid.to(device, non_blocking=True),
             [t.to(device) for t in self.targets],
             self.image_ids,
             self.sizes,
+            self.host,
         )

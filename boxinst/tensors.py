@@ -51,7 +51,7 @@ DETECTRON2_BACKBONE: Names = (
 """A ResNet's names in Detectron2 and in torchvision."""
 
 _RESIZED_BY = (
-    ("dense_head.class_logits.", "model.classes"),
+    ("dense_head.class_logits.", "model.classes (a new classifier: `boxinst train --init MODEL --init-classes new`)"),
     ("dense_head.controller.", "model.mask_channels, model.head_channels and model.head_layers"),
     ("prompt_head.controller.", "model.mask_channels, model.head_channels and model.head_layers"),
     ("prompt_head.hidden.", "model.prompt_cells and model.fpn_channels"),

@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"Went on from step {result.resumed_from:,}.")
     for name, value in sorted(result.metrics.items()):
         print(f"  {name:24} {value:.4f}")
+    for warning in result.warnings:
+        print(f"Warning: {warning}")
     if result.status == "stopped":
         made = f"a checkpoint at step {result.steps:,} of {config.name}"
         cli.close(made, result.model, then=shlex.join(["boxinst", "train", *argv]))

@@ -127,7 +127,12 @@ def go(walk: Walk) -> Outcome:
         ],
         train.TrainConfig,
         _train,
-        lambda r: f"{r.version}, {r.steps:,} steps" + (", trained before" if r.status == "finished before" else ""),
+        lambda r: " ".join(
+            [
+                f"{r.version}, {r.steps:,} steps" + (", trained before" if r.status == "finished before" else ""),
+                *(f"Warning: {warning}" for warning in r.warnings),
+            ]
+        ),
     )
     figures = walk.command(
         "evaluate",

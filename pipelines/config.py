@@ -58,8 +58,11 @@ MAY_CHANGE = (
     "max_failures",
     "minutes",
     "register",
+    "learning_rate",
+    "grad_clip",
 )
-"""Options that a resumed run may change: they decide where and how fast it runs and what is written down."""
+"""Options that a resumed run may change: they decide where and how fast it runs and what is written down; and the
+length of a step, so that a run that got lost can go on from its last checkpoint with shorter ones."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ class Control:
     def __init__(self) -> None:
         self._start, self._stop = 0, False
         self._shown: tuple[int, dict[str, float]] | None = None
+        self._warnings: dict[str, str] = {}
         self._failure: tuple[str, str, str] | None = None
         self._notes: list[str] = []
 
@@ -43,6 +44,14 @@ class Control:
     def notes(self) -> list[str]:
         """See ``note``."""
         return self._notes
+
+    def warn(self, warnings: dict[str, str]) -> None:
+        """By rank 0: the warnings that hold now, by kind."""
+        self._warnings = warnings
+
+    def warnings(self) -> dict[str, str]:
+        """See ``warn``."""
+        return self._warnings
 
     def fail(self, item: str, value: str, remedy: str) -> None:
         """By a worker: an InputError met during training."""

@@ -51,6 +51,8 @@ def masks_from_counts(counts: Sequence[bytes | None], height: int, width: int) -
     if not known:
         return None, None
     has_mask = torch.tensor([c is not None for c in counts], dtype=torch.bool)
+    if len(known) == len(counts):
+        return rle.decode(known, height, width), has_mask
     masks = torch.zeros(len(counts), height, width, dtype=torch.bool)
     masks[has_mask] = rle.decode(known, height, width)
     return masks, has_mask

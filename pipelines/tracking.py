@@ -27,6 +27,7 @@ from pipelines.outbox import Outbox
 
 _PARAMS_PER_BATCH = 100  # MLflow's own limit
 _PARAM_LENGTH = 6000  # likewise
+_TAG_LENGTH = 8000  # likewise
 
 _outboxes: dict[str, Outbox] = {}
 """Of the servers whose runs this process has joined."""
@@ -107,6 +108,11 @@ class Run:
         now = get_current_time_millis()
         metrics = [Metric(k, float(v), now, step) for k, v in values.items()]
         self._send(f"metrics of step {step}", lambda: self._client.log_batch(self.run_id, metrics=metrics))
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags, over those the run has."""
+        cut = [RunTag(k, v[:_TAG_LENGTH]) for k, v in tags.items()]
+        self._send(f"the tags {', '.join(tags)}", lambda: self._client.log_batch(self.run_id, tags=cut))
 
     def image(self, image: Tensor, path: str) -> None:
         """Record a picture (u8 [3, H, W], RGB) as the artifact ``path``, for example "validation/00100.png"."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ class TrainResult:
     """Address of the registered version, models:/NAME/VERSION; empty where none was registered."""
     best: str = ""
     """Folder of the model that did best at a validation, which may be an earlier one; empty without a validation."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong at its end, and which option to change."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -72,7 +74,7 @@ def run(config: TrainConfig) -> TrainResult:
 
     Raises:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
-            GPUs; the loss became infinite.
+            GPUs; a loss or gradient that is not finite.
     """
     with claims.held(str(settings.home() / "runs" / config.name), "--name") as claim:
         return _run(config, claim)
@@ -84,16 +86,17 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
     index, val = _open_shards(config)
     config, init = _complete(config, index)
     folder = settings.home() / "runs" / config.name
-    previous = _check_resumable(folder, config, index.manifest.hash)
+    previous, changes = _check_resumable(folder, config, index.manifest.hash)
     if (folder / RESULT).is_file():
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
     checkpoint.mend_list(*storage.fs_path(str(folder)), ray.__version__)
     cluster.start()
     cluster.check(config.workers_min or config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
-    tracker = _track(config, index, val, previous)
+    tracker = _track(config, index, val, previous, changes)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
+    _forget_removed_checkpoints(folder)
     # On the driver's node, as Ray's own controller of the training: the run then survives the loss of any other.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     control = ray.remote(num_cpus=0, scheduling_strategy=here)(Control).remote()
@@ -104,7 +107,8 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
     except KeyboardInterrupt:
         tracker.close("KILLED")
         raise
-    except Exception:
+    except Exception as error:
+        tracker.tag({"failure": str(error)})
         tracker.close("FAILED")
         raise
     tracker.close("FINISHED" if result.status == "finished" else "KILLED")
@@ -177,15 +181,17 @@ def _check_initial_classes(model: ModelConfig, index: ShardIndex, config: TrainC
         raise InputError(error.item, error.value, f"{error.remedy} {remedy}{len(model.classes)}.") from error
 
 
-def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> str | None:
-    """The MLflow run of an earlier command of this name, which must have asked for the same; None for a new name."""
+def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> tuple[str | None, dict[str, str]]:
+    """The MLflow run of an earlier command of this name, None for a new name; and what is asked otherwise now."""
     if not (folder / RECORD).is_file():
         if folder.exists() and any(folder.iterdir()):
             raise InputError("--name", f"{folder} holds something else", "Give another name, or remove that folder.")
-        return None
+        return None, {}
     record = json.loads((folder / RECORD).read_text())
     asked = json.loads(json.dumps(asdict(config)))
+    changes = {}
     for name, before, now in checkpoint.differences(record["config"], asked):
+        changes[name] = f"{before} → {now}"
         if name.split(".")[0] not in (*MAY_CHANGE, "shards"):  # shards may have moved; what they hold counts
             option = f"--{name.replace('_', '-')}"
             value = f"{now}, but the run {config.name} has {before}"
@@ -193,15 +199,18 @@ def _check_resumable(folder: Path, config: TrainConfig, shards: str) -> str | No
     if record["shards"] != shards:
         value = f"{config.shards} has the hash {shards}, but the run {config.name} has {record['shards']}"
         raise InputError("--shards", value, "Give the shards that run was started with, or another --name.")
-    return record["run_id"]
+    return record["run_id"], changes
 
 
-def _track(config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_id: str | None) -> tracking.Run:
-    """The MLflow run, with all that makes it repeatable."""
+def _track(
+    config: TrainConfig, index: ShardIndex, val: ShardIndex | None, run_id: str | None, changes: dict[str, str]
+) -> tracking.Run:
+    """The MLflow run, with all that makes it repeatable; its parameters are the first command's, changes are tags."""
     params = {**asdict(config), "shards_hash": index.manifest.hash, "shards_counts": index.manifest.counts}
     if val is not None:
         params["val_hash"] = val.manifest.hash
-    return tracking.Run.start(config.name, experiment=config.name, params=params, run_id=run_id)
+    tags = {f"changed.{name}": change for name, change in changes.items()}
+    return tracking.Run.start(config.name, experiment=config.name, params=params, tags=tags, run_id=run_id)
 
 
 # The workers.
@@ -238,6 +247,21 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     )
 
 
+def _forget_removed_checkpoints(folder: Path) -> None:
+    """So that a run goes on from an earlier checkpoint when later ones were removed, which Ray by itself refuses."""
+    path = folder / "checkpoint_manager_snapshot.json"
+    if not path.is_file():
+        return
+    state = json.loads(path.read_text())
+    both = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
+    there = [(r, i) for r, i in both if (folder / r["checkpoint_dir_name"]).is_dir()]
+    if len(there) < len(state["checkpoint_results"]):
+        state["checkpoint_results"] = [result for result, _ in there]
+        state["checkpoint_report_indices"] = [index for _, index in there]
+        state["latest_checkpoint_result"] = there[-1][0] if there else None
+        storage.write_bytes(str(path), json.dumps(state).encode())
+
+
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     """What makes the dataset of augmented samples, from the step that training begins at to the last.
 
@@ -266,8 +290,9 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
 
     def augment_behind(table: pa.Table) -> pa.Table:
         # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for
-        # samples it leaves the cores to this process anyway.
-        os.nice(19)
+        # samples it leaves the cores to this process anyway. Not the lowest priority: beside other work on the machine
+        # that would hardly ever run, and the training would wait for it.
+        os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), 5))
         return augment(table)
 
     def make() -> ray.data.Dataset:
@@ -311,6 +336,7 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig, claim: cla
     # In a thread: in the main one, Ray would install a handler of its own for Ctrl-C, which aborts.
     thread = threading.Thread(target=fit, daemon=True)
     seconds = 0.5 if sys.stderr.isatty() else 15  # lines of a log file are not overwritten
+    told: set[str] = set()
     with (
         tqdm(total=config.steps, desc=f"train {config.name}", unit="step", mininterval=seconds) as bar,
         _interrupt_asks(control, bar),
@@ -320,6 +346,10 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig, claim: cla
             thread.join(0.5)
             claim.check()
             _show(bar, ray.get(control.shown.remote()))
+            warnings = ray.get(control.warnings.remote())
+            for kind in warnings.keys() - told:
+                bar.write(f"Warning: {warnings[kind]}", file=sys.stderr)
+            told = set(warnings)
     for note in ray.get(control.notes.remote()):
         print(note, file=sys.stderr)
     if failure := ray.get(control.failure.remote()):
@@ -373,7 +403,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         raise RuntimeError(f"Ray Train ended without a checkpoint in {folder}.")
     with fitted.checkpoint.as_directory() as path:
         state = checkpoint.load(path)
-    learner, metrics = state["learner"], state["metrics"]
+    learner, metrics, journal = state["learner"], state["metrics"], state.get("journal", {})
     model = boxinst.CondInst(config.model, pretrained=False)
     weights = {k.removeprefix("module."): v for k, v in learner["average"].items() if k.startswith("module.")}
     load_strict(model, weights, str(fitted.checkpoint.path))
@@ -397,6 +427,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         model=str(folder / MODEL),
         version=version,
         best=str(folder / best["folder"]) if best else "",
+        warnings=list(journal.get("warnings", {}).values()),
     )
     if finished:
         storage.write_bytes(str(folder / RESULT), json.dumps(asdict(result), indent=2).encode())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses
+from boxinst import Batch, CondInst, InputError, ModelConfig, Targets, losses, priors
+from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
+from boxinst.fcos import locations
 from boxinst.predict import prompt_coordinates
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
@@ -84,6 +90,43 @@ def test_batches_without_usable_instances_train_on(model, kind):
         assert float(terms["pairwise"]) == 0
 
 
+DEGENERATE = {
+    "of no size": [[20.0, 20, 20, 20], [10, 5, 10, 40], [0, 0, 0, 0], [64, 64, 64, 64]],
+    "outside": [[100.0, 10, 140, 40], [-50, -50, -10, -10], [10, 64, 30, 90], [1e6, 1e6, 2e6, 2e6]],
+    "partly outside": [[-100.0, -100, 200, 200], [50, 50, 90, 90]],
+    "turned round": [[40.0, 40, 10, 10]],
+    "without a positive location": [[5.1, 5.1, 5.2, 5.2], [17, 17, 20, 20]],
+}
+"""Boxes that shards do not hold, or that augmentation may leave."""
+
+
+@pytest.fixture(scope="module", params=["prompt", "detect", "both"])
+def learning(request):
+    """A network in training and its optimiser, one after the other for all cases."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, prompt=request.param != "detect", detect=request.param != "prompt")
+    network = CondInst(config).train()
+    return network, torch.optim.AdamW(network.parameters(), lr=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*DEGENERATE, "none"])
+def test_degenerate_boxes_train_on_and_so_does_the_next_batch(learning, kind):
+    network, optimizer = learning
+    boxes = torch.tensor(DEGENERATE.get(kind, [])).reshape(-1, 4)
+    labels = torch.arange(len(boxes)) % 2
+    odd = Targets(boxes, labels)
+    masked = Targets(boxes, labels, torch.zeros(len(boxes), 64, 64, dtype=torch.bool))
+    empty = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    for data in (batch(odd, empty), batch(masked), batch(targets("some"), odd)):
+        terms = run(network, data)
+        assert all(bool(t.isfinite()) for t in terms.values()), terms
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
+        optimizer.step()
+    assert all(bool(p.grad.any()) for p in network.parameters())  # the last batch holds sound labels too
+
+
 def test_prompt_terms_equal_the_whole_map(model):
     """With a margin as wide as the image the windows are the whole map, where the terms are those of the losses."""
     data = batch(targets("some"), targets())
@@ -143,6 +186,129 @@ def test_invalid_pixels_take_no_part_in_colour_edges(model):
     assert float(run(model, data)["projection"]) > 0
 
 
+def prompt_logits(model: CondInst, data: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask logits and boxes of all instances over the whole map, at the loss stride."""
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    boxes = torch.cat([t.boxes for t in data.targets])
+    index = [n for n, t in enumerate(data.targets) for _ in range(len(t))]
+    points, scales = prompt_coordinates(boxes)
+    maps = dynamic_masks(
+        outputs.mask_features, index, outputs.prompt, points, scales, head=HeadShape.of(CONFIG), stride=4
+    )
+    return upsample(maps, 2), box_masks(boxes, (32, 32), 2)
+
+
+def test_a_pixel_has_one_owner(model):
+    # The second box holds part of the first; the third touches neither, nor do boxes of another image.
+    boxes = torch.tensor([[4.0, 6, 30, 40], [20, 8, 60, 36], [40, 44, 62, 63]])
+    data = batch(Targets(boxes, torch.tensor([0, 1, 1])), targets())
+    config = LossConfig(warmup_steps=0, overlap_weight=3.0)
+    got = run(model, data, config)["overlap"]
+    logits, inside = prompt_logits(model, data)
+    total, shared = 0.0, 0
+    for members in (slice(0, 3), slice(3, 6)):
+        claims = (logits[members].double().sigmoid() * inside[members]).detach()
+        total += float(claims.sum() - claims.amax(0).sum())
+        shared += int((inside[members].sum(0) > 1).sum())
+    assert shared > 0
+    assert float(got) == pytest.approx(3 * total / shared, rel=1e-3)
+    model.zero_grad()
+
+
+def test_a_range_of_fill_and_a_teacher_add_their_terms(model):
+    data = batch(targets("some"), targets())
+    config = LossConfig(warmup_steps=0, fill_range=(0.9, 0.95), fill_weight=2.0, teacher_weight=0.5)
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+    torch.manual_seed(5)
+    other = CondInst(CONFIG).eval()
+    teacher = other(data.images, [t.boxes for t in data.targets], data.sizes)
+    terms = Criterion(CONFIG, config)(outputs, data, 100, teacher)
+    (logits, inside), (guess, _) = prompt_logits(model, data), prompt_logits(other, data)
+    by_box = torch.tensor([False, True, True, True, True, True])  # the first has a mask
+    fill = (priors.fill_terms(logits, inside, (0.9, 0.95)) * by_box).sum() / 6 * 2
+    torch.testing.assert_close(terms["fill"], fill.detach(), rtol=1e-4, atol=1e-5)
+    # The dice also sees the mask outside the box, of which windows hold a part.
+    imitation = (priors.imitation_terms(logits, guess, inside) * by_box).sum() / 6 * 0.5
+    assert float(terms["imitation"]) == pytest.approx(float(imitation.detach()), rel=0.2)
+    alone = Criterion(CONFIG, config)(outputs, data, 100)
+    assert float(alone["imitation"]) == 0
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Notes what is copied between host and device while the host waits, with the line that did it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name, devices = func.__name__, {x.device.type for x in (*args, out) if isinstance(x, Tensor)}
+        # Numbers of the program become a tensor on the device (torch.tensor and the like), or a tensor moves.
+        made = name.startswith("lift_fresh") and devices != {"cpu"}
+        moved = name.startswith(("_to_copy", "copy_")) and len(devices) > 1
+        if made or (moved and not (kwargs or {}).get("non_blocking")):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("masks", ["none", "some", "all"])
+def test_the_loss_never_waits_for_the_device(model, masks):
+    """Tensors of the meta device have no numbers: whatever must be known on the host fails there, as .item() does."""
+    crowded = targets()
+    crowded.crowd[1] = crowded.tight[2] = True
+    data = batch(targets(masks), crowded, Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)))
+    outputs = model(data.images, [t.boxes for t in data.targets], data.sizes)
+
+    def moved(x: Tensor) -> Tensor:
+        return x.detach().to("meta").requires_grad_()
+
+    dense = outputs.dense
+    tensors = {f.name: getattr(dense, f.name) for f in fields(dense)}
+    dense = replace(dense, **{name: moved(x) for name, x in tensors.items() if isinstance(x, Tensor)})
+    outputs = Outputs(moved(outputs.mask_features), dense, moved(outputs.prompt))
+    with BlockingCopies() as copies:
+        data = data.to("meta")
+        Criterion(CONFIG, LOSS)(outputs, data, 5)["loss"].backward()
+    assert copies.found == []
+    assert outputs.prompt.grad.shape == outputs.prompt.shape
+    assert dense.controllers.grad.shape == dense.controllers.shape
+
+
+def test_what_would_wait_for_the_device_is_found():
+    x = torch.zeros(3, device="meta")
+    for wait in (lambda: bool(x.any()), lambda: x[x > 0], lambda: x.cpu(), lambda: x.tolist(), lambda: x.nonzero()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+    with BlockingCopies() as copies:
+        torch.tensor([1.0], device="meta")
+        x.new_tensor([1.0])
+        torch.zeros(3).to("meta")
+        torch.zeros(3).to("meta", non_blocking=True)
+    assert len(copies.found) == 3
+
+
+def test_empty_slots_change_nothing(model):
+    """On a GPU there is a slot for every location that could be chosen; on a CPU those that are not are left out."""
+    data = batch(targets("some"))
+    out = model(data.images, None)
+    places = locations(out.dense.grids, data.images.device)
+    similarity = losses.color_similarity(data.images, data.valid, stride=2)
+    instance = torch.full((len(places.points),), -1)
+    instance[[3, 40, 41]] = torch.tensor([0, 1, 2])
+    sums = [
+        Criterion(CONFIG, LOSS)._detect_mask_sums(
+            out.mask_features, out.dense, places, 0, data.targets[0], instance, torch.tensor(where), similarity
+        )
+        for where in ([3, 40, 41], [3, 40, 41, -1, -1], [-1])
+    ]
+    for name in ("projection", "dice", "pairwise", "edges", "boxes", "masks"):
+        few, padded, none = (getattr(s, name) for s in sums)
+        torch.testing.assert_close(few, padded)
+        assert few > 0
+        assert none == 0
+
+
 def test_a_step_of_training_lowers_the_loss():
     torch.manual_seed(1)
     model = CondInst(CONFIG).train()
@@ -160,7 +326,15 @@ def test_a_step_of_training_lowers_the_loss():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("color_threshold", 1.5), ("kernel_size", 4), ("dilation", 0), ("pairwise_weight", -1), ("theta", 0)],
+    [
+        ("color_threshold", 1.5),
+        ("kernel_size", 4),
+        ("dilation", 0),
+        ("pairwise_weight", -1),
+        ("theta", 0),
+        ("fill_range", (0.8, 0.2)),
+        ("overlap_weight", -1),
+    ],
 )
 def test_config_errors_name_the_option(field, value):
     with pytest.raises(InputError, match=f"loss.{field}"):

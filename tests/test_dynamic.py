@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from boxinst import dynamic
 from boxinst.dynamic import (
     HeadShape,
     aligned_upsample,
@@ -92,12 +93,44 @@ def test_windows_equal_the_cut_out_map(case):
     torch.testing.assert_close(out, cut)
 
 
+@pytest.mark.parametrize("at_once", [1, 2 * 12 * 16, 5 * 8 * 8])
+def test_some_instances_at_a_time_give_what_all_at_once_give(case, monkeypatch, at_once):
+    features, _, parameters, points, scales = case
+    image_index = [0, 1, 1, 1, 1, 1]
+    origins = torch.tensor([[0, 0], [3, 2], [8, 4], [1, 1], [8, 0], [5, 4]])
+
+    def results():
+        a, b = features.clone().requires_grad_(), parameters.clone().requires_grad_()
+        maps = dynamic_masks(a, image_index, b, points, scales, head=HEAD, stride=2)
+        windows = dynamic_mask_windows(
+            a, torch.tensor(image_index), b, points, scales, origins, (8, 8), head=HEAD, stride=2
+        )
+        return maps, windows, *torch.autograd.grad((maps**2).sum() + (windows**3).sum(), (a, b))
+
+    expected = results()
+    monkeypatch.setattr(dynamic, "_CELLS_AT_ONCE", at_once)
+    torch.testing.assert_close(results(), expected)
+
+
+@pytest.mark.parametrize("index", [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+def test_an_image_may_have_no_instance(case, index):
+    features, _, parameters, points, scales = case
+    out = dynamic_masks(features, index, parameters, points, scales, head=HEAD, stride=2)
+    torch.testing.assert_close(out, reference(features, index, parameters, points, scales, 2))
+
+
 def test_no_instances_is_empty_and_differentiable(case):
     features, _, parameters, points, scales = case
     parameters = parameters[:0].clone().requires_grad_()
-    out = dynamic_masks(features, [], parameters, points[:0], scales[:0], head=HEAD, stride=2)
-    assert out.shape == (0, 12, 16)
-    out.sum().backward()
+    none, index = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    maps = dynamic_masks(features, [], parameters, points[:0], scales[:0], head=HEAD, stride=2)
+    windows = dynamic_mask_windows(
+        features, index, parameters, points[:0], scales[:0], none, (8, 8), head=HEAD, stride=2
+    )
+    assert maps.shape == (0, 12, 16)
+    assert windows.shape == (0, 8, 8)
+    (maps.sum() + windows.sum()).backward()
+    assert parameters.grad.shape == parameters.shape
 
 
 def test_window_groups_hold_every_box_once_and_cover_it():

@@ -62,18 +62,29 @@ def test_assign_without_boxes_is_all_background():
     assert bool((got.instance == -1).all())
 
 
+def test_background_has_distances_of_which_every_loss_is_finite():
+    where, _ = places()
+    for boxes in (torch.tensor([[20.0, 30, 60, 90]]), torch.zeros(0, 4)):
+        got = fcos.assign(where, boxes)
+        assert got.distances[got.instance < 0].unique().tolist() == [1]
+        assert got.centerness[got.instance < 0].unique().tolist() == [0]
+
+
 def test_sample_positives_shares_evenly_and_takes_the_best():
     instance = torch.tensor([0] * 10 + [-1] * 5 + [1] * 3 + [2] * 10)
     scores = torch.rand(28, generator=torch.Generator().manual_seed(0))
-    picked = fcos.sample_positives(instance, scores, limit=12)
+    slots = fcos.sample_positives(instance, scores, limit=12, boxes=3)
+    assert len(slots) == 12
+    picked = slots[slots >= 0]
+    assert torch.equal(slots[: len(picked)], picked)
     owners = instance[picked]
     assert [int((owners == k).sum()) for k in range(3)] == [4, 3, 4]
     for k in (0, 2):
         mine = (instance == k).nonzero().squeeze(1)
         best = mine[scores[mine].argsort(descending=True)[:4]]
         assert set(best.tolist()) == set(picked[owners == k].tolist())
-    assert len(fcos.sample_positives(instance, scores, limit=1)) == 3  # each box keeps one
-    assert len(fcos.sample_positives(torch.full((4,), -1), torch.rand(4), limit=5)) == 0
+    assert (fcos.sample_positives(instance, scores, limit=1, boxes=3) >= 0).tolist() == [True] * 3  # each keeps one
+    assert fcos.sample_positives(torch.full((4,), -1), torch.rand(4), limit=5, boxes=2).tolist() == [-1] * 5
 
 
 def test_decode_recovers_assigned_boxes():

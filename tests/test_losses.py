@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from boxinst import losses
+from boxinst.contrast import LEAST_CONTRAST
 
 # ------------------------------------------------------------------------------------------------ references
 
@@ -141,6 +142,31 @@ def test_color_similarity_equals_the_reference(stride: int, kernel_size: int, di
         torch.testing.assert_close(got[n].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_similarity_equals_the_reference() -> None:
+    h, w, reach, theta = 11, 9, 2, 0.8
+    images = torch.randint(0, 256, (2, 3, h, w), generator=generator(), dtype=torch.uint8)
+    images[0, :, :6, :5] = 7  # flat: the least contrast counts
+    valid = torch.ones(2, h, w, dtype=torch.bool)
+    valid[1, 7:] = False
+    got = losses.color_similarity(images, valid, stride=1, theta=theta, contrast_reach=reach)
+    for n in range(2):
+        # With a θ of 1 the reference gives the distances themselves.
+        distances = -reference_similarity(images[n], valid[n], 1, 3, 2, 1.0).clamp(min=1e-300).log()
+        known = torch.zeros(8, h, w, dtype=torch.bool)
+        for k, (dy, dx) in enumerate(offsets(3, 2)):
+            for y in range(h):
+                for x in range(w):
+                    known[k, y, x] = 0 <= y + dy < h and 0 <= x + dx < w and bool(valid[n, y + dy, x + dx])
+        for y in range(h):
+            for x in range(w):
+                rows, columns = slice(max(0, y - reach), y + reach + 1), slice(max(0, x - reach), x + reach + 1)
+                counted = known[:, rows, columns] & valid[n, rows, columns]
+                around = distances[:, rows, columns][counted]
+                unit = theta * max(float(around.mean()) if len(around) else 0.0, LEAST_CONTRAST)
+                expected = (-distances[:, y, x] / unit).exp() * known[:, y, x]
+                torch.testing.assert_close(got[n, :, y, x].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_color_similarity_covers_the_whole_gamut() -> None:
     images = torch.randint(0, 256, (1, 3, 12, 12), generator=generator(), dtype=torch.uint8)
     images[:, :, :3] //= 40  # the linear part of both curves
@@ -270,6 +296,81 @@ def test_pairwise_in_chunks_is_pairwise_at_once(monkeypatch: pytest.MonkeyPatch)
         results.append((loss, *torch.autograd.grad(loss, logits)))
     for other in results[1:]:
         torch.testing.assert_close(results[0], other)
+
+
+# Boxes on 9 × 11 cells, as slices of rows and columns: inside, on each border, one cell, all, and a single row.
+CROPPED = [(3, 6, 4, 8), (0, 3, 0, 4), (6, 9, 7, 11), (4, 5, 5, 6), (8, 9, 10, 11), (0, 9, 0, 11), (5, 6, 0, 11)]
+
+
+def cropped_boxes(h: int, w: int) -> Tensor:
+    """``CROPPED``, a mask with holes that is no rectangle, and an empty one."""
+    boxes = torch.zeros(len(CROPPED) + 2, h, w, dtype=torch.bool)
+    for box, (y0, y1, x0, x1) in zip(boxes, CROPPED, strict=False):
+        box[y0:y1, x0:x1] = True
+    boxes[-2, 2:8, 1:9] = torch.rand(6, 8, generator=generator(5)) > 0.6
+    return boxes
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 2), (3, 1), (5, 1), (3, 4)])
+def test_pairwise_cut_to_the_boxes_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch, kernel_size: int, dilation: int
+) -> None:
+    monkeypatch.setattr(losses, "_CELLS_OF_A_SMALL_MAP", 0)
+    boxes = cropped_boxes(9, 11)
+    logits = (torch.randn(boxes.shape, generator=generator(), dtype=torch.float64) * 3).requires_grad_()
+    similarity = random_similarity(2, 9, 11, kernel_size, dilation)
+    image_index = torch.arange(len(boxes)) % 2
+    got = losses.pairwise_loss(
+        logits, similarity, boxes, image_index=image_index, kernel_size=kernel_size, dilation=dilation
+    )
+    expected = reference_pairwise(logits, similarity, boxes, image_index, 0.3, kernel_size, dilation)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    order = torch.randperm(len(boxes), generator=generator(1))
+    permuted = losses.pairwise_loss(
+        logits[order],
+        similarity,
+        boxes[order],
+        image_index=image_index[order],
+        kernel_size=kernel_size,
+        dilation=dilation,
+    )
+    torch.testing.assert_close(permuted, expected)
+
+
+def test_crops_hold_the_boxes_and_their_margin_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CELLS_OF_A_SMALL_MAP", 0)
+    boxes = cropped_boxes(9, 11)
+    grown = torch.nn.functional.max_pool2d(boxes.float(), 5, stride=1, padding=2).bool()
+    crops = losses._crops(boxes, 2)
+    assert len(crops) == len(boxes) - 1, "the empty one costs nothing"
+    for crop, cells in zip(crops, grown, strict=False):
+        rows, columns = cells.any(1).nonzero(), cells.any(0).nonzero()
+        hull = (int(rows[-1] - rows[0]) + 1) * (int(columns[-1] - columns[0]) + 1)
+        assert boxes[crop].numel() == hull
+        assert cells[crop[1:]].sum() == cells.sum()
+
+
+def test_pairwise_cut_to_the_boxes_has_the_gradient_of_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CELLS_OF_A_SMALL_MAP", 0)
+    logits = torch.randn(3, 7, 6, generator=generator(), dtype=torch.float64, requires_grad=True)
+    similarity, boxes = random_similarity(3, 7, 6), random_boxes(3, 7, 6)
+    assert torch.autograd.gradcheck(lambda x: losses.pairwise_loss(x, similarity, boxes), logits)
+
+
+def test_pairwise_cut_to_the_boxes_is_that_of_whole_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, on maps of the size where it is cut by itself."""
+    logits = (torch.randn(5, 130, 140, generator=generator()) * 3).requires_grad_()
+    boxes = random_boxes(5, 130, 140)
+    similarity, index = torch.rand(2, 8, 130, 140, generator=generator()), torch.tensor([1, 1, 0, 0, 1])
+    results = []
+    for limit in (losses._CELLS_OF_A_SMALL_MAP, boxes[0].numel()):
+        monkeypatch.setattr(losses, "_CELLS_OF_A_SMALL_MAP", limit)
+        loss = losses.pairwise_loss(logits, similarity, boxes, image_index=index)
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+        assert (len(losses._crops(boxes, 2)) == len(boxes)) == (limit < boxes[0].numel())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 def test_pairwise_is_exact_for_huge_logits_and_precise_for_confident_ones() -> None:
@@ -453,6 +554,8 @@ def test_centerness_equals_the_equation() -> None:
         p = 1 / (1 + math.exp(-z))
         expected -= t * math.log(p) + (1 - t) * math.log(1 - p)
     assert losses.centerness_loss(logits, targets).item() == pytest.approx(expected)
+    padded = [torch.cat([x, torch.ones(2)]) for x in (logits, targets)]
+    assert losses.centerness_loss(*padded, torch.tensor([1.0, 1, 0, 0])).item() == pytest.approx(expected)
 
 
 def test_warmup_rises_linearly_and_stays() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from boxinst.condinst import CondInst
+from boxinst.config import ModelConfig
 from boxinst.losses import color_similarity
-from boxinst.predict import outline_contrast
+from boxinst.predict import MIRRORS, mirror_boxes, outline_contrast, segment
 
 WHOLE = torch.zeros(1, 2, dtype=torch.long)
 
@@ -63,3 +67,43 @@ def test_an_outline_on_the_objects_border_scores_best() -> None:
     assert float(got[0]) > 0.99
     assert float(got[1]) < 0.01
     assert float(got[2]) < 0.01
+
+
+@pytest.mark.parametrize("axes", [(2,), (1,), (1, 2)])
+def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tiny = {"backbone": "resnet18", "width": 8, "fpn_channels": 16, "mask_branch_channels": 8, "mask_branch_layers": 1}
+    model = CondInst(ModelConfig(classes=("a",), detect=False, mask_stride=4, views=4, **tiny)).eval()
+    images = [
+        torch.randint(0, 256, (3, 45, 70), dtype=torch.uint8),
+        torch.randint(0, 256, (3, 33, 51), dtype=torch.uint8),
+    ]
+    # Inside, at the borders, beyond them, outside, and smaller than a pixel.
+    given = torch.tensor(
+        [[3.5, 4, 30.2, 40], [40, 0, 70, 20.7], [-5, 20, 12, 60], [80, 5, 90, 9], [20.2, 9.1, 20.4, 9.3]]
+    )
+    boxes = [given, given[:0]]
+    plain = segment(model, images, boxes)[0]
+    turned_boxes = [mirror_boxes(b, axes, (i.shape[1], i.shape[2])) for b, i in zip(boxes, images, strict=True)]
+    turned = segment(model, [image.flip(axes) for image in images], turned_boxes)[0]
+    known = torch.tensor([0, 1, 2, 4])  # the one outside has no mask, and its score no meaning
+    torch.testing.assert_close(turned.scores[known], plain.scores[known], rtol=1e-4, atol=1e-5)
+    same = (turned.masks.flip(axes) == plain.masks)[known].float().mean()
+    assert float(same) > 0.9999, "but for probabilities of exactly a half"
+    single = CondInst(replace(model.config, views=1)).eval()
+    single.load_state_dict(model.state_dict())
+    assert not torch.equal(segment(single, images, boxes)[0].scores, plain.scores)
+    mean = torch.zeros(45, 70)
+    for view in MIRRORS:
+        seen = segment(single, [images[0].flip(view)], [mirror_boxes(given, view, (45, 70))], logits=True)[0]
+        assert seen.mask_logits is not None
+        mean += seen.mask_logits[0].sigmoid().flip([axis - 1 for axis in view]) / 4
+    got = segment(model, images[:1], [given[:1]], logits=True)[0]
+    assert got.mask_logits is not None
+    inside = torch.zeros(45, 70, dtype=torch.bool)
+    inside[4:40, 4:30] = True
+    torch.testing.assert_close(got.mask_logits[0].sigmoid()[inside], mean[inside], rtol=1e-4, atol=1e-5)
+    assert torch.is_grad_enabled()
+    model.train()
+    segment(model, images, boxes)
+    assert model.training

@@ -18,7 +18,7 @@ def test_decode_is_the_inverse_of_encode(shape: tuple[int, int, int], share: flo
     assert all(isinstance(entry, bytes) for entry in counts)
     decoded = rle.decode(counts, *shape[1:])
     assert decoded.dtype == torch.bool
-    assert decoded.is_contiguous()
+    assert decoded.transpose(1, 2).is_contiguous() or 1 in shape, "no copy"
     assert torch.equal(decoded, masks)
 
 

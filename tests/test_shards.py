@@ -270,6 +270,7 @@ def test_from_s3_to_s3(s3: str, corpus: SyntheticCorpus, ray_session: None, shar
     assert set(storage.list_files(f"{s3}/out/val")) == {MANIFEST, REJECTS, "shard-00000.parquet"}
 
 
+@pytest.mark.long
 def test_killed_and_run_again(large: ShardConfig, large_manifest: Manifest, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     config = replace(large, out=str(out))

@@ -40,12 +40,15 @@ def test_a_run_records_what_it_is_given(tmp_path: Path, tracked_home: Path) -> N
     run.image(picture, "validation/3.png")
     (tmp_path / "notes.txt").write_text("hello")
     run.artifact(tmp_path / "notes.txt", "files")
+    run.tag({"warnings": "one"})
+    run.tag({"warnings": "two", "long": "x" * 9000})
 
     info = client().get_run(run.run_id)
     assert info.info.status == "RUNNING"
     assert info.data.params == {"lr": "0.1", "loss.theta": "2", "loss.deep.x": "None"}
     assert [(m.step, m.value) for m in client().get_metric_history(run.run_id, "loss")] == [(3, 1.5), (4, 1.0)]
     assert info.data.metrics["share"] == 0.25
+    assert (info.data.tags["warnings"], len(info.data.tags["long"])) == ("two", 8000)
     assert {f.path for f in client().list_artifacts(run.run_id, "files")} == {"files/notes.txt"}
     with Image.open(client().download_artifacts(run.run_id, "validation/3.png", str(tmp_path))) as stored:
         assert stored.size == (6, 4)

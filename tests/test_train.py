@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -21,6 +22,7 @@ import boxinst
 from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
 from pipelines import registry, settings, storage
+from pipelines.guards import collapsed_masks
 from pipelines.schema import Category
 from pipelines.train import TrainConfig, TrainResult, run
 
@@ -133,6 +135,8 @@ def test_mlflow_holds_all_that_makes_the_run_repeatable(
     for name in ("mask_iou", "mask_ap", "box_iou", "spill", "fill_over_95", "fill_under_05"):
         assert steps_of(f"val/{name}") == [3, STEPS], name
         assert whole.metrics[name] == kept.data.metrics[f"val/{name}"]
+    warnings = collapsed_masks(whole.metrics, STEPS, config)
+    assert whole.warnings == list(warnings.values()) == kept.data.tags.get("warnings", "").splitlines()
     pictures = [a.path for a in client.list_artifacts(whole.run_id, "validation")]
     assert pictures == [f"validation/{step:07d}.png" for step in (3, STEPS)]
 
@@ -150,9 +154,10 @@ def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: T
     assert time.monotonic() - started < 5
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_the_resumed_run_ends_where_an_unbroken_one_does(
+def test_stopped_and_then_lost_a_run_goes_on_and_ends_where_an_unbroken_one_does(
     whole: TrainResult, config: TrainConfig
 ) -> None:
+    """Ctrl-C after the first step; far too high a rate, whose second checkpoint is of no use; and then as before."""
     broken = replace(config, name="broken", register=False)
     before = signal.getsignal(signal.SIGINT)
     thread = once(lambda: signal.getsignal(signal.SIGINT) is not before, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -165,6 +170,20 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_resumed_run_ends_where_an_unbroken_on
     assert client.get_run(stopped.run_id).info.status == "KILLED"
     assert boxinst.load(stopped.model).config.backbone == "resnet18"
 
+    # The second step is sound, and breaks the weights; the third one shows it.
+    with pytest.raises(InputError) as caught:
+        run(replace(broken, learning_rate=1e37))
+    good, stale = (settings.home() / "runs" / "broken" / f"checkpoint_{step:08d}" for step in (1, 2))
+    assert "not finite in step 3: " in str(caught.value.value)
+    assert re.search(r"loss (nan|inf).*grad_norm nan with the images \d+, \d+, \d+, \d+$", str(caught.value.value))
+    assert f"The last good checkpoint is {good}. Remove {stale}, which leads straight" in caught.value.remedy
+    lost = client.get_run(stopped.run_id)
+    assert lost.info.status == "FAILED"
+    assert lost.data.tags["failure"] == str(caught.value)
+    assert lost.data.tags["changed.learning_rate"] == "0.001 → 1e+37"
+    assert all(tensor.isfinite().all() for tensor in load_file(good / "tensors.safetensors").values())
+    shutil.rmtree(stale)
+
     resumed = run(broken)
     assert (resumed.status, resumed.steps, resumed.resumed_from) == ("finished", STEPS, stopped.steps)
     assert resumed.run_id == stopped.run_id
@@ -174,7 +193,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_resumed_run_ends_where_an_unbroken_on
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_stay_in_step_and_end_alike_when_one_dies(config: TrainConfig, shards: dict[str, str]) -> None:
     pair = replace(config, name="pair", workers=2, steps=8, register=False)
     unbroken = run(pair)

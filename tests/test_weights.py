@@ -57,11 +57,12 @@ def test_newer_format(folder, tmp_path):
         boxinst.load(tmp_path)
 
 
-def test_weights_of_another_class_list_are_named(folder, tmp_path):
+def test_weights_of_another_class_list_name_both_sizes_and_the_option(folder, tmp_path):
     boxinst.save(CondInst(ModelConfig(classes=("a", "b", "c"), **TINY)), tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(InputError, match=r"dense_head\.class_logits\.weight is \[3, .* the model has \[2, "):
+    with pytest.raises(InputError, match=r"dense_head\.class_logits\.weight is \[3, .* the model has \[2, ") as caught:
         boxinst.load(tmp_path)
+    assert "model.classes (a new classifier: `boxinst train --init MODEL --init-classes new`)" in caught.value.remedy
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

