@@ -22,34 +22,66 @@ SCORES = ("mask_iou", "mask_ap", "box_iou")
 """What makes a model the best: the first of these metrics that its validation has. More is better in all."""
 
 
+def recorded(fs: pafs.FileSystem, folder: str) -> dict[str, Any]:
+    """Of the model that the run in ``folder`` keeps: ``score`` (a metric's name), ``value``, ``step`` and ``folder``.
+
+    Empty when there is none.
+    """
+    try:
+        with fs.open_input_file(f"{folder}/{RECORD}") as stream:
+            return json.loads(stream.read())
+    except (FileNotFoundError, ValueError):  # none, or one that was just being written
+        return {}
+
+
 class Best:
-    """The best model below ``folder`` on ``fs``, where a run keeps its checkpoints."""
+    """The best model of the run in ``folder`` on ``fs``.
+
+    A model is offered by the training and kept by whoever uploads the next checkpoint: a slow store delays no training,
+    and a run that goes on from a checkpoint knows of every validation before it.
+    """
 
     def __init__(self, fs: pafs.FileSystem, folder: str) -> None:
         self._fs, self._folder = fs, folder
-
-    def record(self) -> dict[str, Any]:
-        """``score`` (a metric's name), its ``value``, ``step`` and ``folder`` (a name); empty when there is none."""
-        try:
-            with self._fs.open_input_file(f"{self._folder}/{RECORD}") as stream:
-                return json.loads(stream.read())
-        except (FileNotFoundError, ValueError):  # none, or one that was just being written
-            return {}
+        self._record = recorded(fs, folder)
+        self._offered: Offer | None = None
 
     def offer(self, model: CondInst, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep ``model`` if it is better than the one kept. A step that is repeated does not write its equal again."""
+        """Set ``model`` aside if it is better than all before. A repeated step offers nothing new."""
         score = next((name for name in SCORES if name in metrics), None)
-        before = self.record()
-        if score is None or (before.get("score") == score and metrics[score] <= before["value"]):
+        if score is None or (self._record.get("score") == score and metrics[score] <= self._record["value"]):
             return
-        name = f"best_{step:08d}"
-        with tempfile.TemporaryDirectory() as made:
-            boxinst.save(model, made)
+        made = tempfile.TemporaryDirectory(prefix="best_")
+        boxinst.save(model, made.name)
+        self._record = {"score": score, "value": metrics[score], "step": step, "folder": f"best_{step:08d}"}
+        self._offered = Offer(self._fs, self._folder, self._record, made)
+
+    def take(self) -> Offer | None:
+        """The best model offered since the last call, for ``Offer.keep``; None when there was none."""
+        offered, self._offered = self._offered, None
+        return offered
+
+
+class Offer:
+    """A model in a folder of this machine, ``made``, and what ``best.json`` is to say of it."""
+
+    def __init__(
+        self,
+        fs: pafs.FileSystem,
+        folder: str,
+        record: dict[str, Any],
+        made: tempfile.TemporaryDirectory[str],
+    ) -> None:
+        self._fs, self._folder, self._record, self._made = fs, folder, record, made
+
+    def keep(self) -> None:
+        """Put it in the place of the one before."""
+        before, name = recorded(self._fs, self._folder), self._record["folder"]
+        with self._made as made:
             self._fs.create_dir(f"{self._folder}/{name}", recursive=True)
             pafs.copy_files(made, f"{self._folder}/{name}", destination_filesystem=self._fs)
-        record = {"score": score, "value": metrics[score], "step": step, "folder": name}
         with self._fs.open_output_stream(f"{self._folder}/{RECORD}") as stream:
-            stream.write(json.dumps(record).encode())
+            stream.write(json.dumps(self._record).encode())
         if before and before["folder"] != name:
             with suppress(FileNotFoundError):
                 self._fs.delete_dir(f"{self._folder}/{before['folder']}")

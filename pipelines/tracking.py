@@ -130,9 +130,11 @@ class Run:
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         log(self.run_id, str(path), folder)
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """End the run with ``status``. A server that is away must not hide how the command has ended."""
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", *, failure: str = "") -> None:
+        """End the run with ``status``, and ``failure`` as a tag. A server that is away must not hide how it ended."""
         try:
+            if failure:
+                self.tag({"failure": failure})
             self._client.set_terminated(self.run_id, status)
         except MlflowException as error:
             if _hopeless(error):

@@ -27,8 +27,7 @@ import boxinst
 from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.tensors import load_strict
-from pipelines import checkpoint, claims, cluster, inference, registry, settings, storage, tracking
-from pipelines.best import Best
+from pipelines import best, checkpoint, claims, cluster, inference, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
@@ -90,13 +89,12 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
     if (folder / RESULT).is_file():
         return replace(TrainResult(**json.loads((folder / RESULT).read_text())), status="finished before")
 
-    checkpoint.mend_list(*storage.fs_path(str(folder)), ray.__version__)
+    checkpoint.mend_list(str(folder), ray.__version__)
     cluster.start()
     cluster.check(config.workers_min or config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous, changes)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(str(folder / RECORD), json.dumps(record, indent=2).encode())
-    _forget_removed_checkpoints(folder)
     # On the driver's node, as Ray's own controller of the training: the run then survives the loss of any other.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     control = ray.remote(num_cpus=0, scheduling_strategy=here)(Control).remote()
@@ -108,9 +106,10 @@ def _run(config: TrainConfig, claim: claims.Claim) -> TrainResult:
         tracker.close("KILLED")
         raise
     except Exception as error:
-        tracker.tag({"failure": str(error)})
-        tracker.close("FAILED")
-        raise
+        if not isinstance(error, InputError) and checkpoint.is_no_room(error):  # met by Ray itself, or at the end
+            error = checkpoint.no_room(str(folder), error)
+        tracker.close("FAILED", failure=str(error))
+        raise error
     tracker.close("FINISHED" if result.status == "finished" else "KILLED")
     return result
 
@@ -245,21 +244,6 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         datasets={"train": _stream(job, index)},
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
-
-
-def _forget_removed_checkpoints(folder: Path) -> None:
-    """So that a run goes on from an earlier checkpoint when later ones were removed, which Ray by itself refuses."""
-    path = folder / "checkpoint_manager_snapshot.json"
-    if not path.is_file():
-        return
-    state = json.loads(path.read_text())
-    both = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
-    there = [(r, i) for r, i in both if (folder / r["checkpoint_dir_name"]).is_dir()]
-    if len(there) < len(state["checkpoint_results"]):
-        state["checkpoint_results"] = [result for result, _ in there]
-        state["checkpoint_report_indices"] = [index for _, index in there]
-        state["latest_checkpoint_result"] = there[-1][0] if there else None
-        storage.write_bytes(str(path), json.dumps(state).encode())
 
 
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
@@ -409,7 +393,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
     load_strict(model, weights, str(fitted.checkpoint.path))
     boxinst.save(model, folder / MODEL)
 
-    best = Best(*storage.fs_path(str(folder))).record()
+    kept = best.recorded(*storage.fs_path(str(folder)))
     finished = learner["step"] == config.steps
     version = ""
     if finished and config.register:
@@ -426,7 +410,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: Path, starte
         run_id=job.run_id,
         model=str(folder / MODEL),
         version=version,
-        best=str(folder / best["folder"]) if best else "",
+        best=str(folder / kept["folder"]) if kept else "",
         warnings=list(journal.get("warnings", {}).values()),
     )
     if finished:

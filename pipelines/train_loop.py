@@ -30,7 +30,7 @@ from boxinst.structures import Batch
 from boxinst.weights import with_classes
 from pipelines import checkpoint, guards, inference, tracking
 from pipelines.augmentation import batch_from_table
-from pipelines.best import Best
+from pipelines.best import Best, Offer
 from pipelines.config import TrainConfig
 from pipelines.journal import Journal
 from pipelines.learner import Learner, take_step, unwrapped
@@ -70,6 +70,8 @@ def _train(job: Job) -> None:
     if rank == 0:
         _check_shared(job)
         ray.get(job.control.resume_at.remote(learner.step))
+    run_folder = context.get_storage()
+    best = Best(run_folder.storage_filesystem, run_folder.experiment_fs_path)
     signal = StopSignal(job, rank, cpu_group)
 
     batches = _batches(config, ranks, device)
@@ -91,14 +93,12 @@ def _train(job: Job) -> None:
         if validation and validate:
             with journal.pause(), autocast():
                 metrics = _validate(validation, learner, cpu_group, journal)
-            if rank == 0:
-                run = ray.train.get_context().get_storage()
-                with journal.pause(), _no_room_explained(job, run.experiment_fs_path):
-                    averaged: Any = learner.average.module
-                    Best(run.storage_filesystem, run.experiment_fs_path).offer(averaged, step, metrics)
+                if rank == 0:
+                    with _no_room_explained(job, tempfile.gettempdir()):
+                        best.offer(learner.average.module, step, metrics)  # type: ignore[arg-type]
         if save:
             with journal.pause():
-                _save(job, learner, journal, metrics, rank)
+                _save(job, learner, journal, metrics, best.take(), rank)
         if stop:
             break
     _wait_for_upload()
@@ -174,8 +174,10 @@ def _validate(
     return metrics
 
 
-def _save(job: Job, learner: Learner, journal: Journal, metrics: dict[str, float], rank: int) -> None:
-    """Write a checkpoint and let it be uploaded while the training goes on.
+def _save(
+    job: Job, learner: Learner, journal: Journal, metrics: dict[str, float], offered: Offer | None, rank: int
+) -> None:
+    """Write a checkpoint and let it be uploaded while the training goes on, after the best model where there is one.
 
     The one before must be registered by then: a failure loses one interval, and the time of one upload.
     """
@@ -193,7 +195,7 @@ def _save(job: Job, learner: Learner, journal: Journal, metrics: dict[str, float
         checkpoint=reported,
         checkpoint_dir_name=f"checkpoint_{learner.step:08d}",
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=functools.partial(_upload, job, ray.train.get_context().get_storage()),
+        checkpoint_upload_fn=functools.partial(_upload, job, ray.train.get_context().get_storage(), offered),
     )
 
 
@@ -202,11 +204,13 @@ def _wait_for_upload() -> None:
     ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
 
 
-def _upload(job: Job, run: Any, made: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def _upload(job: Job, run: Any, offered: Offer | None, made: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Copy a checkpoint to the run's folder, as Ray asks for it in a thread."""
     target = f"{run.experiment_fs_path}/{name}"
     with _no_room_explained(job, target):
         try:
+            if offered is not None:
+                offered.keep()
             checkpoint.upload(made.path, run.storage_filesystem, target)
         except BaseException:
             shutil.rmtree(made.path, ignore_errors=True)
@@ -221,9 +225,8 @@ def _no_room_explained(job: Job, folder: str) -> Iterator[None]:
         yield
     except Exception as error:
         if checkpoint.is_no_room(error):
-            value = f"no room for {folder}: {' '.join(str(error).split())[:200]}"
-            remedy = "Make room there, then run the same command again: it goes on from the checkpoint before."
-            ray.get(job.control.fail.remote("checkpoint", value, remedy))
+            told = checkpoint.no_room(folder, error)
+            ray.get(job.control.fail.remote(told.item, told.value, told.remedy))
         raise
 
 

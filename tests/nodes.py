@@ -70,7 +70,9 @@ def running(*cpus: int) -> Iterator[Nodes]:
     )
     try:
         assert process.stdout is not None
-        yield Nodes(process, process.stdout.readline().strip())
+        address = process.stdout.readline().strip()
+        assert address, "the cluster has not started"
+        yield Nodes(process, address)
     finally:
         _kill([psutil.Process(process.pid), *_below(process.pid)])
         process.wait()
@@ -139,6 +141,7 @@ def _serve(cpus: list[int]) -> None:
     from pipelines import cluster
 
     cluster.prepare_local()
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # a machine may be busy
     from ray.cluster_utils import Cluster
 
     made = Cluster()

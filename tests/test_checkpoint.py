@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,14 +143,14 @@ def test_an_upload_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_list_that_was_cut_short_is_made_anew_from_what_is_whole(tmp_path: Path) -> None:
-    fs, listed = pafs.LocalFileSystem(), tmp_path / checkpoint.LIST
-    checkpoint.mend_list(fs, str(tmp_path), "2.60.0")
+    run, listed = str(tmp_path), tmp_path / checkpoint.LIST
+    checkpoint.mend_list(run, "2.60.0")
     assert not listed.exists()
     for step in (3, 6, 9):
         checkpoint.save(tmp_path / f"checkpoint_{step:08d}", {"step": step})
     (tmp_path / "checkpoint_00000009" / checkpoint.STATE).unlink()
     listed.write_text('{"ray_version": "2.6')
-    checkpoint.mend_list(fs, str(tmp_path), "2.60.0")
+    checkpoint.mend_list(run, "2.60.0")
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
     read = _CheckpointManagerState.parse_obj(json.loads(listed.read_text()))
@@ -157,8 +158,14 @@ def test_a_list_that_was_cut_short_is_made_anew_from_what_is_whole(tmp_path: Pat
     assert read.latest_checkpoint_result == read.checkpoint_results[1]
     assert (read.checkpoint_report_indices, read.current_report_index) == ([0, 1], 2)
     before = listed.read_text()
-    checkpoint.mend_list(fs, str(tmp_path), "2.61.0")
+    checkpoint.mend_list(run, "2.61.0")
     assert listed.read_text() == before
+
+    shutil.rmtree(tmp_path / "checkpoint_00000006")  # to go on from the one before
+    checkpoint.mend_list(run, "2.60.0")
+    read = _CheckpointManagerState.parse_obj(json.loads(listed.read_text()))
+    assert [r.checkpoint_dir_name for r in read.checkpoint_results] == ["checkpoint_00000003"]
+    assert (read.latest_checkpoint_result, read.checkpoint_report_indices) == (read.checkpoint_results[0], [0])
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
