@@ -6,6 +6,7 @@ then obeys lines of its input: ``kill N`` kills node N with all its processes, `
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -141,17 +142,17 @@ def _serve(cpus: list[int]) -> None:
     from pipelines import cluster
 
     cluster.prepare_local()
-    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # a machine may be busy
+    from ray._private import services
     from ray.cluster_utils import Cluster
 
+    # Ray gives a node 30 seconds, which is not enough on a machine that is busy with something else.
+    services.get_node = functools.partial(services.get_node, timeout_s=LIMIT)
     made = Cluster()
     nodes = []
 
     def add(slots: int) -> None:
         os.environ["TEST_NODE"] = str(len(nodes))  # which its processes inherit
-        nodes.append(
-            made.add_node(num_cpus=slots, node_ip_address="127.0.0.1", include_dashboard=False, wait=len(nodes) > 0)
-        )
+        nodes.append(made.add_node(num_cpus=slots, node_ip_address="127.0.0.1", include_dashboard=False, wait=False))
 
     for slots in cpus:
         add(slots)
