@@ -33,11 +33,11 @@ def run(config: SegmentConfig) -> Manifest:
     Raises:
         InputError: something about the model, the shards, the output or the cluster that its owner has to change.
     """
-    with claims.held(config.output, "--out"):
-        return _run(config)
+    with claims.held(config.output, "--out") as claim:
+        return _run(config, claim)
 
 
-def _run(config: SegmentConfig) -> Manifest:
+def _run(config: SegmentConfig, claim: claims.Claim) -> Manifest:
     """See ``run``; the output is claimed."""
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
@@ -62,6 +62,7 @@ def _run(config: SegmentConfig) -> Manifest:
         maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
     else:
         _segment_images(config, shards, folder)
+        claim.check()
         manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
         maskrows.write_coco(config.coco, out, manifest)

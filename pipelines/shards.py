@@ -64,11 +64,11 @@ def run(config: ShardConfig) -> Manifest:
     Raises:
         InputError: something about the inputs, the storage or the output folder that its owner has to change.
     """
-    with claims.held(config.output, "--out"):
-        return _run(config)
+    with claims.held(config.output, "--out") as claim:
+        return _run(config, claim)
 
 
-def _run(config: ShardConfig) -> Manifest:
+def _run(config: ShardConfig, claim: claims.Claim) -> Manifest:
     """See ``run``; the output is claimed."""
     storage.check_readable(config.annotations, "--annotations")
     storage.check_readable(config.images, "--images")
@@ -90,6 +90,7 @@ def _run(config: ShardConfig) -> Manifest:
     storage.clear(config.output, keep=[storage.CLAIM])  # what a killed run has left
     done = _write_shards(corpus, files, config)
     manifest = _reconcile(corpus, done, config, source)
+    claim.check()
     storage.write_manifest(config.output, manifest)
     return manifest
 
