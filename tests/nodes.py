@@ -6,7 +6,6 @@ then obeys lines of its input: ``kill N`` kills node N with all its processes, `
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -145,8 +144,19 @@ def _serve(cpus: list[int]) -> None:
     from ray._private import services
     from ray.cluster_utils import Cluster
 
-    # Ray gives a node 30 seconds, which is not enough on a machine that is busy with something else.
-    services.get_node = functools.partial(services.get_node, timeout_s=LIMIT)
+    ask = services.get_node
+
+    def ask_patiently(*arguments: Any) -> Any:
+        """Ray gives a node 30 seconds, which is not enough on a machine that is busy with something else."""
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+
+    services.get_node = ask_patiently
     made = Cluster()
     nodes = []
 
