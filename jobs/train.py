@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
         made = f"a checkpoint at step {result.steps:,} of {config.name}"
         cli.close(made, result.model, then=shlex.join(["boxinst", "train", *argv]))
         return 0
+    if result.best:
+        print(f"The model of the best validation is kept in {result.best}.")
     model = result.version or result.model
     then = f"boxinst segment --model {model} --shards {config.shards}"
     cli.close(f"the model {model} in {result.steps:,} steps", result.model, then=then)

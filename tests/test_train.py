@@ -146,10 +146,13 @@ def test_mlflow_holds_all_that_makes_the_run_repeatable(
     assert pictures == [f"validation/{step:07d}.png" for step in (3, STEPS)]
 
 
-def test_only_the_latest_checkpoints_are_kept_and_none_is_pickled(whole: TrainResult) -> None:
-    folders = sorted((settings.home() / "runs" / "whole").glob("checkpoint_0*"))
+def test_the_best_model_and_the_latest_checkpoints_are_kept_and_none_is_pickled(whole: TrainResult) -> None:
+    run_folder = settings.home() / "runs" / "whole"
+    folders = sorted(run_folder.glob("checkpoint_0*"))
     assert [f.name for f in folders] == [f"checkpoint_{step:08d}" for step in (STEPS - 1, STEPS)]
     assert {p.suffix for f in folders for p in f.iterdir()} == {".json", ".safetensors"}
+    assert Path(whole.best) in [run_folder / f"best_{step:08d}" for step in (3, STEPS)]
+    assert boxinst.load(whole.best).config == boxinst.load(whole.model).config
 
 
 def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: TrainConfig) -> None:
