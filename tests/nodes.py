@@ -21,6 +21,8 @@ import psutil
 
 LIMIT = 900.0
 """Seconds to wait for anything."""
+START_ATTEMPTS = 5
+"""Ray gives a node's servers 15 to 30 seconds to start, which is not enough on a machine that is busy otherwise."""
 
 
 def wait_until(ready: Callable[[], Any], what: str) -> Any:
@@ -141,28 +143,24 @@ def _serve(cpus: list[int]) -> None:
     from pipelines import cluster
 
     cluster.prepare_local()
-    from ray._private import services
     from ray.cluster_utils import Cluster
 
-    ask = services.get_node
-
-    def ask_patiently(*arguments: Any) -> Any:
-        """Ray gives a node 30 seconds, which is not enough on a machine that is busy with something else."""
-        deadline = time.monotonic() + LIMIT
-        while True:
-            try:
-                return ask(*arguments)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-
-    services.get_node = ask_patiently
     made = Cluster()
     nodes = []
 
     def add(slots: int) -> None:
         os.environ["TEST_NODE"] = str(len(nodes))  # which its processes inherit
-        nodes.append(made.add_node(num_cpus=slots, node_ip_address="127.0.0.1", include_dashboard=False, wait=False))
+        before = {process.pid for process in _below(os.getpid())}
+        for attempt in range(START_ATTEMPTS):
+            try:
+                node = made.add_node(num_cpus=slots, node_ip_address="127.0.0.1", include_dashboard=False, wait=False)
+            except Exception:  # Ray raises no other type where one of its servers was not up in time
+                if attempt + 1 == START_ATTEMPTS:
+                    raise
+                _kill([process for process in _below(os.getpid()) if process.pid not in before])
+            else:
+                nodes.append(node)
+                return
 
     for slots in cpus:
         add(slots)
