@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""The variable that is "0" where all of Ray listens on 127.0.0.1, as a cluster of this module and its commands do."""
 LIMIT = 900.0
 """Seconds to wait for anything."""
 START_ATTEMPTS = 5
@@ -91,7 +93,7 @@ def command(
     before: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A ``boxinst`` command, on the cluster at ``address`` or on one within it; ``before`` are words before it."""
-    variables = {**os.environ, "BOXINST_HOME": str(home), "RAY_ADDRESS": address, **(env or {})}
+    variables = {**os.environ, "BOXINST_HOME": str(home), "RAY_ADDRESS": address, LOOPBACK_ONLY: "0", **(env or {})}
     with log.open("ab") as out:
         words = [*before, sys.executable, "-m", "jobs.cli", *argv]
         process = subprocess.Popen(words, stdout=out, stderr=out, env=variables, start_new_session=True)

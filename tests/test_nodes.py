@@ -239,7 +239,7 @@ def test_nodes_started_by_hand_in_a_network_of_their_own(tmp_path: Path, shards:
         pytest.skip(f"no network namespace: {made.stderr.decode().strip() if made else 'there is no program ip'}")
     within = ["ip", "netns", "exec", name]
     scratch = tempfile.mkdtemp(prefix="ray")
-    variables = {**os.environ, "RAY_TMPDIR": scratch, "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {"RAY_TMPDIR": scratch, "RAY_USAGE_STATS_ENABLED": "0", nodes.LOOPBACK_ONLY: "1"}
     ray = [*within, str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
     head = [*ray, "--head", "--node-ip-address", "127.0.0.1", "--port", "6379", "--include-dashboard", "false"]
     started = []
@@ -252,16 +252,20 @@ def test_nodes_started_by_hand_in_a_network_of_their_own(tmp_path: Path, shards:
                 [*ray, "--address", "127.0.0.1:6379", "--node-ip-address", "127.0.0.3", "--num-cpus", "3"],
             ):
                 wait_until(lambda: not started or _joined(within, len(started)), "the node before")
-                started.append(subprocess.Popen(words, stdout=log, stderr=log, env=variables, start_new_session=True))
+                started.append(
+                    subprocess.Popen(
+                        words, stdout=log, stderr=log, env={**os.environ, **variables}, start_new_session=True
+                    )
+                )
             wait_until(lambda: _joined(within, 3), "all nodes")
         argv = train("netns", shards)
         home = tmp_path / "home"
         with nodes.command(
-            *argv, home=home, address="127.0.0.1:6379", log=tmp_path / "log", before=within, env={"RAY_TMPDIR": scratch}
+            *argv, home=home, address="127.0.0.1:6379", log=tmp_path / "log", before=within, env=variables
         ) as command:
             at = wait_until(lambda: checkpointed(home, "netns"), "a checkpoint")
             nodes.kill_all(started.pop())  # with its workers
-            started.append(subprocess.Popen(words, env=variables, start_new_session=True))
+            started.append(subprocess.Popen(words, env={**os.environ, **variables}, start_new_session=True))
             assert command.wait(nodes.LIMIT) == 0, (tmp_path / "log").read_text()
         ended = result(home, "netns")
         assert (ended["status"], ended["steps"]) == ("finished", 16)
