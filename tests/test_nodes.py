@@ -156,7 +156,7 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(
 def test_a_full_disk_ends_a_training_and_the_last_checkpoint_is_kept(tmp_path: Path, shards: dict[str, str]) -> None:
     runs = tmp_path / "home" / "runs"
     runs.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(runs)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(runs)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
     try:
