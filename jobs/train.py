@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         files = storage.list_files(result.model.rpartition("/")[0])
         kept = sum(file.size for name, file in files.items() if name.startswith("checkpoint_") and "/" in name)
         plan.compare("train", config, Outcome(result.seconds, kept))
+    if result.best:
+        print(f"The model of the best validation is kept in {result.best}.")
     model = result.version or result.model
     then = f"boxinst segment --model {model} --shards {config.shards}"
     cli.close(f"the model {model} in {result.steps:,} steps", result.model, then=then)

@@ -5,19 +5,26 @@ Nothing in it can run when it is read. ``state.json`` is written last, so that a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from boxinst.errors import InputError
+from pipelines import storage
 
 FORMAT_VERSION = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
+LIST = "checkpoint_manager_snapshot.json"
+"""In a run's folder: Ray's list of its checkpoints."""
 
 _TENSOR = "__tensor__"
 """Stands in the JSON for a tensor, with its name in the safetensors file."""
@@ -35,6 +42,86 @@ def save(folder: str | Path, state: Mapping[str, Any]) -> None:
     partial = folder / f"{STATE}.partial"
     partial.write_text(json.dumps({"format": FORMAT_VERSION, "state": tree}))
     os.replace(partial, folder / STATE)
+
+
+def upload(folder: str | Path, fs: pafs.FileSystem, target: str) -> None:
+    """Copy a saved state to ``target`` on ``fs``, ``state.json`` last; what is half written is removed.
+
+    Raises:
+        OSError: no room, or the storage is away.
+    """
+    try:
+        with suppress(FileNotFoundError):  # of the same step, by a worker that was killed before it was registered
+            fs.delete_file(f"{target}/{STATE}")
+        fs.create_dir(target, recursive=True)
+        for name in (TENSORS, STATE):
+            pafs.copy_files(f"{folder}/{name}", f"{target}/{name}", destination_filesystem=fs)
+    except OSError:
+        with suppress(OSError):
+            fs.delete_dir(target)
+        raise
+
+
+def mend_list(run: str, ray_version: str) -> None:
+    """Let Ray's list of a run's checkpoints, where there is one, name none that is not there.
+
+    Ray overwrites it in place, so a full disk or a kill at the wrong moment leaves half of it: then it is made anew
+    from the checkpoints that are whole. And where one that it names was removed, so that the run goes on from the one
+    before, Ray by itself refuses.
+
+    Args:
+        run: the run's folder.
+        ray_version: which a new list must name.
+    """
+    files = storage.list_files(run)
+    if LIST not in files:
+        return
+    path = storage.join(run, LIST)
+    whole = [found[1] for file in files if (found := re.fullmatch(rf"(checkpoint_\d{{8}})/{STATE}", file))]
+    try:
+        listed = json.loads(storage.read_bytes(path))
+    except ValueError:
+        listed = _new_list(whole, ray_version)
+    else:
+        both = zip(listed["checkpoint_results"], listed["checkpoint_report_indices"], strict=True)
+        there = [(result, index) for result, index in both if result["checkpoint_dir_name"] in whole]
+        if len(there) == len(listed["checkpoint_results"]):
+            return
+        listed["checkpoint_results"] = [result for result, _ in there]
+        listed["checkpoint_report_indices"] = [index for _, index in there]
+        listed["latest_checkpoint_result"] = there[-1][0] if there else None
+    storage.write_bytes(path, json.dumps(listed).encode())
+
+
+def _new_list(names: list[str], ray_version: str) -> dict[str, Any]:
+    results = [
+        {"version": 0, "checkpoint_dir_name": name, "metrics": {"step": int(name.rpartition("_")[2])}} for name in names
+    ]
+    return {
+        "version": 0,
+        "ray_version": ray_version,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1] if results else None,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(results),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+
+
+def is_no_room(error: BaseException) -> bool:
+    """Whether a disk, a quota or the greatest size of a file has set an end to writing. Libraries hide the number."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
+
+
+def no_room(folder: str, error: BaseException) -> InputError:
+    """What to tell the user where ``is_no_room(error)``; ``folder`` could not be written."""
+    remedy = "Make room there, then run the same command again: it goes on from the checkpoint before."
+    return InputError("checkpoint", f"no room for {folder}: {' '.join(str(error).split())[:200]}", remedy)
 
 
 def load(folder: str | Path) -> dict[str, Any]:

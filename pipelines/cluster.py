@@ -73,7 +73,8 @@ def _connect(address: str) -> None:
         print(f"Ray dashboard: http://{joined.dashboard_url}", file=sys.stderr)
 
 
-def _start_local(cpus: int) -> None:
+def prepare_local() -> None:
+    """Set what Ray reads from the environment, before it starts any process on this machine for this one's use."""
     # Without this, Ray's servers listen on every interface of the machine, whatever the node's address is. The variable
     # is for the processes that it starts; here it has been read already, when Ray was imported.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -87,6 +88,10 @@ def _start_local(cpus: int) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray hides the GPUs of tasks that ask for none, and warns that it will not do so for ever.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _start_local(cpus: int) -> None:
+    prepare_local()
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(

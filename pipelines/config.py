@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -44,6 +45,7 @@ class ShardConfig:
 MAY_CHANGE = (
     "val",
     "workers",
+    "workers_min",
     "gpu",
     "cpus_per_worker",
     "data_workers",
@@ -122,6 +124,9 @@ class TrainConfig:
     """Keep convolution weights in channels-last order, the faster one on most devices."""
     workers: int = 1
     """Training processes (Ray Train workers), one per GPU when `gpu` is on."""
+    workers_min: int = 0
+    """Start, and go on, with as few as this when nodes are missing, and with up to `workers` when they come. A step
+    always takes `batch_size` images, so every number in between must divide it. 0 waits for all workers."""
     gpu: bool = False
     """Train on GPUs."""
     cpus_per_worker: int = 0
@@ -163,6 +168,7 @@ class TrainConfig:
             "epochs",
             "grad_clip",
             "cpus_per_worker",
+            "workers_min",
             "data_workers",
             "seed",
             "eval_every",
@@ -178,8 +184,14 @@ class TrainConfig:
         if bool(self.steps) == bool(self.epochs):
             given = f"{self.steps} and --epochs {self.epochs:g}"
             raise InputError("--steps", given, "Give one of the two, above 0.")
-        if self.batch_size % self.workers:
+        if self.workers_min > self.workers:
+            raise InputError("--workers-min", self.workers_min, f"Give at most --workers ({self.workers}), or 0.")
+        if self.batch_size % self.batch_parts:
             remedy = f"Give a multiple of --workers ({self.workers})."
+            if self.batch_parts > self.workers:
+                remedy = (
+                    f"Give a multiple of {self.batch_parts}, for any of {self.workers_min} to {self.workers} workers."
+                )
             raise InputError("--batch-size", self.batch_size, remedy)
         if (self.schedule == "step") != bool(self.milestones):
             remedy = "Give milestones with `--schedule step`, and only with it."
@@ -193,6 +205,11 @@ class TrainConfig:
         if stretch not in (None, self.model.contrast_stretch):
             remedy = "Set --model.contrast-stretch alone: training and inference both follow it."
             raise InputError("--augment.contrast-stretch", stretch, remedy)
+
+    @property
+    def batch_parts(self) -> int:
+        """The parts that a batch is cut into so that any number of workers that may be there can share it."""
+        return math.lcm(*range(self.workers_min or self.workers, self.workers + 1))
 
 
 FOLLOWING = ("learning_rate", "steps", "milestones", "lr_warmup_steps", "loss.warmup_steps")

@@ -11,6 +11,7 @@ class Control:
         self._shown: tuple[int, dict[str, float]] | None = None
         self._warnings: dict[str, str] = {}
         self._failure: tuple[str, str, str] | None = None
+        self._notes: list[str] = []
 
     def resume_at(self, step: int) -> None:
         """By rank 0, before the first batch: the step that the data must begin at."""
@@ -35,6 +36,14 @@ class Control:
     def shown(self) -> tuple[int, dict[str, float]] | None:
         """See ``show``."""
         return self._shown
+
+    def note(self, text: str) -> None:
+        """By rank 0, at its end: what the user should know."""
+        self._notes.append(text)
+
+    def notes(self) -> list[str]:
+        """See ``note``."""
+        return self._notes
 
     def warn(self, warnings: dict[str, str]) -> None:
         """By rank 0: the warnings that hold now, by kind."""

@@ -14,7 +14,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, maskrows, observe, registry, storage
+from pipelines import claims, cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
 from pipelines.schema import Manifest
 from pipelines.segmenter import COLUMNS, Segmenter
@@ -31,8 +31,14 @@ def run(config: SegmentConfig) -> Manifest:
     Raises:
         InputError: something about the model, the shards, the output or the cluster that its owner has to change.
     """
+    storage.check(config.shards, config.output, config.coco, config.model)
+    with claims.held(config.output, "--out") as claim:
+        return _run(config, claim)
+
+
+def _run(config: SegmentConfig, claim: claims.Claim) -> Manifest:
+    """See ``run``; the output is claimed."""
     out = config.output
-    storage.check(config.shards, out, config.coco, config.model)
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
@@ -56,6 +62,7 @@ def run(config: SegmentConfig) -> Manifest:
     else:
         with storage.explained(out):
             _segment_images(config, shards, folder)
+            claim.check()
             manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
         maskrows.write_coco(config.coco, out, manifest)

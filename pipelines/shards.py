@@ -17,7 +17,7 @@ import ray
 import ray.data
 
 from boxinst.errors import InputError
-from pipelines import cluster, coco, images, observe, storage
+from pipelines import claims, cluster, coco, images, observe, storage
 from pipelines.coco import Annotation, Corpus, ImageEntry
 from pipelines.config import ShardConfig
 from pipelines.schema import REJECT_SCHEMA, SHARD_SCHEMA, File, Manifest
@@ -65,6 +65,12 @@ def run(config: ShardConfig) -> Manifest:
         InputError: something about the inputs, the storage or the output folder that its owner has to change.
     """
     storage.check(config.annotations, config.images, config.output)
+    with claims.held(config.output, "--out") as claim:
+        return _run(config, claim)
+
+
+def _run(config: ShardConfig, claim: claims.Claim) -> Manifest:
+    """See ``run``; the output is claimed."""
     storage.check_readable(config.annotations, "--annotations")
     storage.check_readable(config.images, "--images")
     data = storage.read_bytes(config.annotations)
@@ -85,6 +91,7 @@ def run(config: ShardConfig) -> Manifest:
     storage.clear(config.output, keep=[storage.CLAIM])  # what a killed run has left
     done = _write_shards(corpus, files, config)
     manifest = _reconcile(corpus, done, config, source)
+    claim.check()
     storage.write_manifest(config.output, manifest)
     return manifest
 

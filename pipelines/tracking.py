@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Mapping
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +23,14 @@ from torch import Tensor
 
 from boxinst.errors import InputError
 from pipelines import settings, storage
+from pipelines.outbox import Outbox
 
 _PARAMS_PER_BATCH = 100  # MLflow's own limit
 _PARAM_LENGTH = 6000  # likewise
 _TAG_LENGTH = 8000  # likewise
+
+_outboxes: dict[str, Outbox] = {}
+"""Of the servers whose runs this process has joined."""
 
 # Creating the SQLite database prints a page of migrations, which tells a user nothing; a gate's table tells more.
 for _name in ("alembic", "mlflow.store.db.utils", "mlflow.models.evaluation.validation"):
@@ -32,12 +40,12 @@ for _name in ("alembic", "mlflow.store.db.utils", "mlflow.models.evaluation.vali
 class Run:
     """One MLflow run, written through a client of its own: no global state, so any process may hold one.
 
-    A Ray worker joins the run of its driver with ``Run.start(..., run_id=..., tracking_uri=...)``, or through
-    the same BOXINST_HOME or MLFLOW_TRACKING_URI. The run stays RUNNING until ``close``.
+    A Ray worker joins the run of its driver with ``Run.join(run_id, tracking_uri)``. The run stays RUNNING until
+    ``close``.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, tracking_uri: str) -> None:
-        self._client, self.run_id, self.tracking_uri = client, run_id, tracking_uri
+    def __init__(self, client: MlflowClient, run_id: str, tracking_uri: str, outbox: Outbox | None = None) -> None:
+        self._client, self.run_id, self.tracking_uri, self._outbox = client, run_id, tracking_uri, outbox
 
     @classmethod
     def start(
@@ -61,9 +69,10 @@ class Run:
             tracking_uri: of the MLflow server or database; from the settings by default.
 
         Raises:
-            InputError: ``run_id`` is no run of this tracking server.
+            InputError: ``run_id`` is no run of this tracking server, or the server does not answer.
         """
         uri = tracking_uri or settings.mlflow_uri()
+        _check_answers(uri)
         client = MlflowClient(tracking_uri=uri)
         known: Mapping[str, str] = {}
         if run_id is None:
@@ -82,18 +91,39 @@ class Run:
         client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()])
         return cls(client, run_id, uri)
 
+    @classmethod
+    def join(cls, run_id: str, tracking_uri: str) -> Run:
+        """The run of another process, by one that must not wait for the server: metrics and pictures are sent later.
+
+        Call ``deliver`` before the process ends.
+        """
+        # The outbox tries again by itself, and does not sleep for minutes when the server is back.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        if tracking_uri not in _outboxes:
+            _outboxes[tracking_uri] = Outbox(_hopeless)
+        return cls(MlflowClient(tracking_uri=tracking_uri), run_id, tracking_uri, _outboxes[tracking_uri])
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record ``values`` at ``step``; a value may be a Python number or a scalar tensor."""
         now = get_current_time_millis()
-        self._client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+        metrics = [Metric(k, float(v), now, step) for k, v in values.items()]
+        self._send(f"metrics of step {step}", lambda: self._client.log_batch(self.run_id, metrics=metrics))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, over those the run has."""
-        self._client.log_batch(self.run_id, tags=[RunTag(k, v[:_TAG_LENGTH]) for k, v in tags.items()])
+        cut = [RunTag(k, v[:_TAG_LENGTH]) for k, v in tags.items()]
+        self._send(f"the tags {', '.join(tags)}", lambda: self._client.log_batch(self.run_id, tags=cut))
 
     def image(self, image: Tensor, path: str) -> None:
         """Record a picture (u8 [3, H, W], RGB) as the artifact ``path``, for example "validation/00100.png"."""
-        self._client.log_image(self.run_id, image.permute(1, 2, 0).contiguous().cpu().numpy(), artifact_file=path)
+        pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+        self._send(path, lambda: self._client.log_image(self.run_id, pixels, artifact_file=path))
+
+    def _send(self, name: str, send: Callable[[], object]) -> None:
+        if self._outbox is None:
+            send()
+        else:
+            self._outbox.put(name, send)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Record a local file, or a folder with what it holds, under ``folder`` of the run's artifacts."""
@@ -108,9 +138,61 @@ class Run:
             return f"{storage.redact(self.tracking_uri)}/#/experiments/{experiment}/runs/{self.run_id}"
         return f"{self.run_id} in {storage.redact(self.tracking_uri)}"
 
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """End the run with ``status``."""
-        self._client.set_terminated(self.run_id, status)
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", *, failure: str = "") -> None:
+        """End the run with ``status``, and ``failure`` as a tag. A server that is away must not hide how it ended."""
+        try:
+            if failure:
+                self.tag({"failure": failure})
+            self._client.set_terminated(self.run_id, status)
+        except MlflowException as error:
+            if _hopeless(error):
+                raise
+            where = storage.redact(self.tracking_uri)
+            print(f"MLflow at {where} does not answer: it still shows {self.run_id} as RUNNING.", file=sys.stderr)
+
+
+def deliver(patience: float) -> str:
+    """Send what the joined runs of this process have recorded, for at most ``patience`` seconds.
+
+    Returns:
+        What could not be sent, in one sentence; empty when all was.
+    """
+    gaps = []
+    for uri, outbox in _outboxes.items():
+        if lost := outbox.drain(patience):
+            names = lost[0] if len(lost) == 1 else f"{len(lost)} entries, from {lost[0]} to {lost[-1]},"
+            gaps.append(f"MLflow at {storage.redact(uri)} lacks {names} of this run ({storage.redact(outbox.error)}).")
+    return " ".join(gaps)
+
+
+@contextmanager
+def explained(remedy: str) -> Iterator[None]:
+    """Turn the absence of the MLflow server inside the block into an InputError."""
+    try:
+        yield
+    except MlflowException as error:
+        if _hopeless(error):
+            raise
+        raise InputError("MLflow", storage.redact(" ".join(str(error).split())[:300]), remedy) from error
+
+
+def _hopeless(error: Exception) -> bool:
+    """Whether the server, which has answered, will never take this. It may be busy (429)."""
+    if not isinstance(error, MlflowException):
+        return False
+    return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() != 429
+
+
+def _check_answers(uri: str) -> None:
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=20).close()
+    except urllib.error.HTTPError:
+        pass  # somebody answers; what they allow, the first request will tell
+    except OSError as error:
+        remedy = "Start the MLflow server, correct MLFLOW_TRACKING_URI, or unset it."
+        raise InputError("MLflow", f"nobody answers at {storage.redact(uri)} ({error})", remedy) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

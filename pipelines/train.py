@@ -20,22 +20,23 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import boxinst
 from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.tensors import load_strict
-from pipelines import checkpoint, cluster, inference, registry, settings, storage, tracking
+from pipelines import best, checkpoint, claims, cluster, inference, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
-from pipelines.train_job import Job
+from pipelines.train_job import RECORD, Job
 
 __all__ = ["TrainConfig", "TrainResult", "run"]
 
-RECORD, RESULT, MODEL = "run.json", "result.json", "model"
-"""Beside the checkpoints in a run's folder: what was asked for, what came of it, and the averaged model."""
+RESULT, MODEL = "result.json", "model"
+"""Beside the checkpoints in a run's folder: what came of it, and the averaged model."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class TrainResult:
     """Folder of the model (averaged weights), as ``boxinst.load`` reads it."""
     version: str
     """Address of the registered version, models:/NAME/VERSION; empty where none was registered."""
+    best: str = ""
+    """Folder of the model that did best at a validation, which may be an earlier one; empty without a validation."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong at its end, and which option to change."""
 
@@ -72,37 +75,46 @@ def run(config: TrainConfig) -> TrainResult:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
             GPUs; a loss or gradient that is not finite.
     """
-    started = time.monotonic()
     storage.check(config.shards, config.val, settings.store())
+    folder = storage.join(settings.store(), "runs", config.name)
+    with claims.held(folder, "--name") as claim:
+        return _run(config, folder, claim)
+
+
+def _run(config: TrainConfig, folder: str, claim: claims.Claim) -> TrainResult:
+    """See ``run``; the output is claimed."""
+    started = time.monotonic()
     index, val = open_shards(config)
     config, init = complete(config, index)
-    folder = storage.join(settings.store(), "runs", config.name)
     previous, changes = _check_resumable(folder, config, index.manifest.hash)
     if storage.exists(storage.join(folder, RESULT)):
         before = json.loads(storage.read_bytes(storage.join(folder, RESULT)))
         return replace(TrainResult(**before), status="finished before")
 
+    checkpoint.mend_list(folder, ray.__version__)
     cluster.start()
-    cluster.check(config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
+    cluster.check(config.workers_min or config.workers, max(config.cpus_per_worker, 1), int(config.gpu))
     tracker = _track(config, index, val, previous, changes)
     print(f"MLflow run: {tracker.address}", file=sys.stderr)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(storage.join(folder, RECORD), json.dumps(record, indent=2).encode())
-    _forget_removed_checkpoints(folder)
-    control = ray.remote(num_cpus=0)(Control).remote()
+    # On the driver's node, as Ray's own controller of the training: the run then survives the loss of any other.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    control = ray.remote(num_cpus=0, scheduling_strategy=here)(Control).remote()
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
-        fitted = _follow(_trainer(job, index), control, config)
+        fitted = _follow(_trainer(job, index), control, config, claim)
         result = _keep(fitted, job, control, folder, started)
     except KeyboardInterrupt:
         tracker.close("KILLED")
         raise
     except Exception as error:
-        tracker.tag({"failure": storage.redact(str(error))})
-        tracker.close("FAILED")
+        if not isinstance(error, InputError) and checkpoint.is_no_room(error):  # met by Ray itself, or at the end
+            error = checkpoint.no_room(folder, error)
+        tracker.close("FAILED", failure=storage.redact(str(error)))
         if not isinstance(error, InputError):
             storage.check(config.shards, config.val, settings.store())  # did it go away?
-        raise
+        raise error
     tracker.close("FINISHED" if result.status == "finished" else "KILLED")
     return result
 
@@ -224,7 +236,7 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.workers_min, config.workers) if config.workers_min else config.workers,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": max(config.cpus_per_worker, 1), **({"GPU": 1} if config.gpu else {})},
         ),
@@ -241,26 +253,12 @@ def _trainer(job: Job, index: ShardIndex) -> TorchTrainer:
     )
 
 
-def _forget_removed_checkpoints(folder: str) -> None:
-    """So that a run goes on from an earlier checkpoint when later ones were removed, which Ray by itself refuses."""
-    path = storage.join(folder, "checkpoint_manager_snapshot.json")
-    if not storage.exists(path):
-        return
-    state = json.loads(storage.read_bytes(path))
-    both = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
-    there = [(r, i) for r, i in both if storage.exists(storage.join(folder, r["checkpoint_dir_name"]))]
-    if len(there) < len(state["checkpoint_results"]):
-        state["checkpoint_results"] = [result for result, _ in there]
-        state["checkpoint_report_indices"] = [index for _, index in there]
-        state["latest_checkpoint_result"] = there[-1][0] if there else None
-        storage.write_bytes(path, json.dumps(state).encode())
-
-
 def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
     """What makes the dataset of augmented samples, from the step that training begins at to the last.
 
-    A task reads a stretch of the stream; its rows are cut into blocks of one worker's batch, which are augmented one by
-    one. Ray hands blocks of equal size to the workers in turn, so each gets the same rows however often it is resumed.
+    A task reads a stretch of the stream; its rows are cut into equal parts of a batch, which are augmented one by one.
+    Ray hands blocks of equal size to the workers in turn, so each gets the same rows however often it is resumed, and
+    all together get the same batches however many they are.
     """
     config, control = job.config, job.control
     stream = Stream(index, config.seed)
@@ -274,7 +272,7 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         },
     )
     # Plain numbers: a task that held the config would import all that it is made of.
-    batch_size, share, at_once = config.batch_size, config.batch_size // config.workers, index.rows_at_once
+    batch_size, part, at_once = config.batch_size, config.batch_size // config.batch_parts, index.rows_at_once
     end, data_workers = config.steps * batch_size, cluster.data_workers(config.data_workers, gpu=config.gpu)
 
     def read(number: pa.Table) -> pa.Table:
@@ -297,18 +295,18 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
         return (
             ray.data.range(tasks, override_num_blocks=tasks)
             .map_batches(read, batch_size=None, batch_format="pyarrow")
-            .repartition(target_num_rows_per_block=share, strict=True)
+            .repartition(target_num_rows_per_block=part, strict=True)
             .map_batches(augment_behind, batch_size=None, batch_format="pyarrow", concurrency=data_workers)
         )
 
     return make
 
 
-def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.train.Result:
+def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig, claim: claims.Claim) -> ray.train.Result:
     """Run the trainer to its end, with a progress bar; Ctrl-C asks it to stop.
 
     Raises:
-        InputError: which a worker met.
+        InputError: which a worker met, or another command has taken the run over.
         TrainingFailedError: of Ray, when workers failed for another reason.
     """
     outcome: list[ray.train.Result | BaseException] = []
@@ -330,11 +328,14 @@ def _follow(trainer: TorchTrainer, control: Any, config: TrainConfig) -> ray.tra
         thread.start()
         while thread.is_alive():
             thread.join(0.5)
+            claim.check()
             _show(bar, ray.get(control.shown.remote()))
             warnings = ray.get(control.warnings.remote())
             for kind in warnings.keys() - told:
                 bar.write(f"Warning: {warnings[kind]}", file=sys.stderr)
             told = set(warnings)
+    for note in ray.get(control.notes.remote()):
+        print(note, file=sys.stderr)
     if failure := ray.get(control.failure.remote()):
         raise InputError(*failure)
     (got,) = outcome
@@ -400,7 +401,11 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
         storage.upload(scratch, kept)
         if finished and config.register:
             tags = {"shards": job.shards_hash, "steps": str(config.steps)}
-            version = registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags).uri
+            with tracking.explained(
+                f"The model is in {kept}: the same command, when the server is back, registers it."
+            ):
+                version = registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags).uri
+    finest = best.recorded(*storage.fs_path(folder))
     result = TrainResult(
         status="finished" if finished else "stopped",
         steps=learner["step"],
@@ -410,6 +415,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
         run_id=job.run_id,
         model=kept,
         version=version,
+        best=storage.join(folder, finest["folder"]) if finest else "",
         warnings=list(journal.get("warnings", {}).values()),
     )
     if finished:

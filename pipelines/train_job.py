@@ -9,6 +9,9 @@ from typing import Any
 from pipelines.config import TrainConfig
 from pipelines.feed import ShardIndex
 
+RECORD = "run.json"
+"""In a run's folder, from before its first worker: what was asked for."""
+
 
 @dataclass(frozen=True)
 class Job:

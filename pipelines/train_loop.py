@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from os import sched_getaffinity
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import ray
 import ray.train
 import ray.train.torch
@@ -25,21 +30,29 @@ from boxinst.structures import Batch
 from boxinst.weights import with_classes
 from pipelines import checkpoint, guards, inference, observe, tracking
 from pipelines.augmentation import batch_from_table
+from pipelines.best import Best, Offer
 from pipelines.config import TrainConfig
 from pipelines.journal import Journal
 from pipelines.learner import Learner, take_step, unwrapped
 from pipelines.optimization import make_autocast, make_average, make_optimizer, make_schedule
 from pipelines.s3 import patiently
-from pipelines.train_job import Job
+from pipelines.train_job import RECORD, Job
 from pipelines.validation import Validation, stack
+
+DELIVERY = 120.0
+"""Seconds that the end of a training waits for an MLflow server that is away."""
 
 
 def train_loop(job: Job) -> None:
     """Train from the last checkpoint, if there is one, to the last step, the stop signal or the time limit."""
+    if ray.get(job.control.failure.remote()):
+        return  # one rank has met it, and Ray has started all again
     try:
         _train(job)
     except InputError as error:  # every rank meets it, and starting again would not help
         ray.get(job.control.fail.remote(error.item, str(error.value), error.remedy))
+    if gap := tracking.deliver(DELIVERY):
+        ray.get(job.control.note.remote(gap))
 
 
 def _train(job: Job) -> None:
@@ -52,10 +65,14 @@ def _train(job: Job) -> None:
     autocast = make_autocast(config, device)
     cpu_group = _cpu_group() if ranks > 1 else None
     validation = _open_validation(job, rank, ranks)
-    journal = Journal(config, _tracked(job) if rank == 0 else None, job.control, cpu_group)
+    run = tracking.Run.join(job.run_id, job.tracking_uri) if rank == 0 else None
+    journal = Journal(config, run, job.control, cpu_group)
     metrics = _resume(learner, journal, rank)
     if rank == 0:
+        _check_shared(job)
         ray.get(job.control.resume_at.remote(learner.step))
+    run_folder = context.get_storage()
+    best = Best(run_folder.storage_filesystem, run_folder.experiment_fs_path)
     signal = StopSignal(job, rank, cpu_group)
 
     batches = observe.steps(_batches(config, ranks, device))
@@ -77,11 +94,26 @@ def _train(job: Job) -> None:
         if validation and validate:
             with journal.pause(), autocast():
                 metrics = _validate(validation, learner, cpu_group, journal)
+                if rank == 0:
+                    with _no_room_explained(job, tempfile.gettempdir()):
+                        best.offer(learner.average.module, step, metrics)  # type: ignore[arg-type]
         if save:
             with journal.pause():
-                _save(job, learner, journal, metrics, rank)
+                _save(job, learner, journal, metrics, best.take(), rank)
         if stop:
             break
+    _wait_for_upload()
+
+
+def _check_shared(job: Job) -> None:
+    """See that this node sees the run's folder, or its checkpoints would be lost here. By rank 0, which writes them."""
+    run = ray.train.get_context().get_storage()
+    path = f"{run.experiment_fs_path}/{RECORD}"
+    if run.storage_filesystem.get_file_info(path).type != pafs.FileType.File:
+        value = f"{run.experiment_fs_path} is not the same folder on the node {socket.gethostname()}"
+        remedy = "Give a folder that all nodes of the cluster share."
+        ray.get(job.control.fail.remote("BOXINST_HOME", value, remedy))
+        raise RuntimeError(value)  # the other ranks wait for this one
 
 
 def _build(job: Job, rank: int) -> Learner:
@@ -99,12 +131,6 @@ def _build(job: Job, rank: int) -> Learner:
     torch.manual_seed(config.seed + 1 + rank)
     optimizer = make_optimizer(bare, config)
     return Learner(wrapped, make_average(bare, config.ema_decay), optimizer, make_schedule(optimizer, config))
-
-
-def _tracked(job: Job) -> tracking.Run:
-    """The driver's MLflow run, joined."""
-    name = job.config.name
-    return tracking.Run.start(name, experiment=name, run_id=job.run_id, tracking_uri=job.tracking_uri)
 
 
 def _resume(learner: Learner, journal: Journal, rank: int) -> dict[str, float]:
@@ -149,24 +175,60 @@ def _validate(
     return metrics
 
 
-def _save(job: Job, learner: Learner, journal: Journal, metrics: dict[str, float], rank: int) -> None:
-    """Report a checkpoint and wait until it is registered, so that no later failure falls back behind it."""
-    with tempfile.TemporaryDirectory() as folder:
-        reported = None
-        if rank == 0:
-            about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
+def _save(
+    job: Job, learner: Learner, journal: Journal, metrics: dict[str, float], offered: Offer | None, rank: int
+) -> None:
+    """Write a checkpoint and let it be uploaded while the training goes on, after the best model where there is one.
+
+    The one before must be registered by then: a failure loses one interval, and the time of one upload.
+    """
+    _wait_for_upload()
+    reported = None
+    if rank == 0:
+        folder = tempfile.mkdtemp(prefix="checkpoint_")
+        about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
+        with _no_room_explained(job, folder):
             state = {"metrics": metrics, "journal": journal.state(), "learner": learner.state()}
             checkpoint.save(folder, {**about, **state})
-            reported = ray.train.Checkpoint.from_directory(folder)
-        name = f"checkpoint_{learner.step:08d}"
-        store = ray.train.get_context().get_storage().persist_current_checkpoint
-        ray.train.report(
-            {"step": learner.step},
-            checkpoint=reported,
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=lambda made, to: patiently(lambda: store(made, to)),
-        )
+        reported = ray.train.Checkpoint.from_directory(folder)
+    ray.train.report(
+        {"step": learner.step},
+        checkpoint=reported,
+        checkpoint_dir_name=f"checkpoint_{learner.step:08d}",
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=functools.partial(_upload, job, ray.train.get_context().get_storage(), offered),
+    )
+
+
+def _wait_for_upload() -> None:
+    """Until the last checkpoint is registered, so that no later failure falls back behind it."""
     ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+
+def _upload(job: Job, run: Any, offered: Offer | None, made: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Copy a checkpoint to the run's folder, as Ray asks for it in a thread."""
+    target = f"{run.experiment_fs_path}/{name}"
+    with _no_room_explained(job, target):
+        try:
+            if offered is not None:
+                offered.keep()
+            patiently(lambda: checkpoint.upload(made.path, run.storage_filesystem, target))
+        except BaseException:
+            shutil.rmtree(made.path, ignore_errors=True)
+            raise
+    return ray.train.Checkpoint(target, run.storage_filesystem)
+
+
+@contextmanager
+def _no_room_explained(job: Job, folder: str) -> Iterator[None]:
+    """Let a full disk end the run with what to do about it. Only rank 0 meets it, so the error must pass."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.is_no_room(error):
+            told = checkpoint.no_room(folder, error)
+            ray.get(job.control.fail.remote(told.item, told.value, told.remedy))
+        raise
 
 
 class StopSignal:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -125,6 +129,59 @@ def test_a_damaged_checkpoint_is_refused(spoil, tmp_path: Path) -> None:
     assert caught.value.item == "checkpoint"
     assert str(tmp_path) in str(caught.value.value)
     assert caught.value.remedy
+
+
+def test_an_upload_is_whole_or_not_there(tmp_path: Path) -> None:
+    fs = pafs.LocalFileSystem()
+    checkpoint.save(tmp_path / "c", {"a": torch.ones(2)})
+    checkpoint.upload(tmp_path / "c", fs, str(tmp_path / "runs" / "good"))
+    assert torch.equal(checkpoint.load(tmp_path / "runs" / "good")["a"], torch.ones(2))
+    (tmp_path / "c" / checkpoint.STATE).unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.upload(tmp_path / "c", fs, str(tmp_path / "runs" / "bad"))
+    assert not (tmp_path / "runs" / "bad").exists()
+
+
+def test_a_list_that_was_cut_short_is_made_anew_from_what_is_whole(tmp_path: Path) -> None:
+    run, listed = str(tmp_path), tmp_path / checkpoint.LIST
+    checkpoint.mend_list(run, "2.60.0")
+    assert not listed.exists()
+    for step in (3, 6, 9):
+        checkpoint.save(tmp_path / f"checkpoint_{step:08d}", {"step": step})
+    (tmp_path / "checkpoint_00000009" / checkpoint.STATE).unlink()
+    listed.write_text('{"ray_version": "2.6')
+    checkpoint.mend_list(run, "2.60.0")
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+
+    read = _CheckpointManagerState.parse_obj(json.loads(listed.read_text()))
+    assert [r.checkpoint_dir_name for r in read.checkpoint_results] == ["checkpoint_00000003", "checkpoint_00000006"]
+    assert read.latest_checkpoint_result == read.checkpoint_results[1]
+    assert (read.checkpoint_report_indices, read.current_report_index) == ([0, 1], 2)
+    before = listed.read_text()
+    checkpoint.mend_list(run, "2.61.0")
+    assert listed.read_text() == before
+
+    shutil.rmtree(tmp_path / "checkpoint_00000006")  # to go on from the one before
+    checkpoint.mend_list(run, "2.60.0")
+    read = _CheckpointManagerState.parse_obj(json.loads(listed.read_text()))
+    assert [r.checkpoint_dir_name for r in read.checkpoint_results] == ["checkpoint_00000003"]
+    assert (read.latest_checkpoint_result, read.checkpoint_report_indices) == (read.checkpoint_results[0], [0])
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as full, open("/dev/full", "wb", buffering=0) as device:
+        device.write(b"x")
+    assert checkpoint.is_no_room(full.value)
+    limit = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); checkpoint.save({str(tmp_path)!r}, {{}})"
+    )
+    code = (
+        f"import signal; from pipelines import checkpoint; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\ntry: {limit}"
+    )
+    code += "\nexcept Exception as error: print(type(error).__name__, checkpoint.is_no_room(error))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith(" True\n")
+    assert not checkpoint.is_no_room(PermissionError(13, "Permission denied"))
 
 
 def test_differences_name_the_field() -> None:

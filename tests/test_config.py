@@ -27,6 +27,8 @@ GOOD = TrainConfig(shards="s", steps=10)
         ("--steps", {"epochs": 1}),
         ("--steps", {"steps": 0}),
         ("--batch-size", {"workers": 3}),
+        ("--batch-size", {"workers": 4, "workers_min": 2}),  # 3 do not share 4 images
+        ("--workers-min", {"workers": 1, "workers_min": 2}),
         ("--milestones", {"schedule": "step"}),
         ("--milestones", {"milestones": (5,)}),
         ("--milestones", {"schedule": "step", "milestones": (8, 5)}),
@@ -40,6 +42,11 @@ def test_a_mistake_is_named(item: str, changes: dict[str, Any]) -> None:
     assert caught.value.item == item
     assert str(caught.value.value)
     assert caught.value.remedy.endswith(".")
+
+
+def test_any_number_of_workers_shares_a_batch() -> None:
+    assert replace(GOOD, workers=2).batch_parts == 2
+    assert replace(GOOD, workers=4, workers_min=2, batch_size=24).batch_parts == 12
 
 
 def test_the_models_contrast_stretch_is_accepted_in_both_places() -> None:

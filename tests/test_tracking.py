@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,11 +96,44 @@ def test_a_ray_worker_joins_the_run_of_its_driver(ray_session: None) -> None:
 
     @ray.remote(num_cpus=1)
     def work(run_id: str, tracking_uri: str) -> str:
-        from pipelines.tracking import Run
+        from pipelines import tracking
 
-        joined = Run.start("worker", experiment="e", run_id=run_id, tracking_uri=tracking_uri)
+        joined = tracking.Run.join(run_id, tracking_uri)
         joined.metrics({"from_worker": 7.0}, step=1)
-        return joined.run_id
+        return tracking.deliver(120)
 
-    assert ray.get(work.remote(run.run_id, run.tracking_uri)) == run.run_id
+    assert ray.get(work.remote(run.run_id, run.tracking_uri)) == ""
     assert client().get_run(run.run_id).data.metrics["from_worker"] == 7.0
+
+
+def nobody() -> str:
+    """An address that refuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_server_that_does_not_answer_is_named_at_the_start() -> None:
+    uri = nobody()
+    with pytest.raises(InputError, match=f"MLflow: nobody answers at {uri} .*Start the MLflow server"):
+        Run.start("x", experiment="e", tracking_uri=uri)
+
+
+def test_a_server_that_is_away_stops_nothing_and_the_gap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_outboxes", {})
+    uri = nobody()
+    run = Run.join("0" * 32, uri)
+    for step in range(3):
+        run.metrics({"loss": 1.0}, step)
+    run.image(torch.zeros(3, 4, 4, dtype=torch.uint8), "validation/2.png")
+    gap = tracking.deliver(0.1)
+    assert f"MLflow at {uri} lacks 4 entries, from metrics of step 0 to validation/2.png, of this run" in gap
+
+
+def test_what_the_server_will_never_take_does_not_hold_up_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_outboxes", {})
+    real = Run.start("real", experiment="e")
+    Run.join("no-such-run", real.tracking_uri).metrics({"a": 1.0}, step=1)
+    Run.join(real.run_id, real.tracking_uri).metrics({"a": 2.0}, step=2)
+    assert "lacks metrics of step 1 of this run" in tracking.deliver(60)
+    assert client().get_run(real.run_id).data.metrics == {"a": 2.0}

@@ -9,11 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
@@ -22,9 +24,12 @@ import boxinst
 from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
 from pipelines import registry, settings, storage
+from pipelines.control import Control
+from pipelines.feed import ShardIndex, Stream
 from pipelines.guards import collapsed_masks
 from pipelines.schema import Category
-from pipelines.train import TrainConfig, TrainResult, run
+from pipelines.train import TrainConfig, TrainResult, _stream, run
+from pipelines.train_job import Job
 
 STEPS = 5
 
@@ -141,10 +146,13 @@ def test_mlflow_holds_all_that_makes_the_run_repeatable(
     assert pictures == [f"validation/{step:07d}.png" for step in (3, STEPS)]
 
 
-def test_only_the_latest_checkpoints_are_kept_and_none_is_pickled(whole: TrainResult) -> None:
-    folders = sorted((settings.home() / "runs" / "whole").glob("checkpoint_0*"))
+def test_the_best_model_and_the_latest_checkpoints_are_kept_and_none_is_pickled(whole: TrainResult) -> None:
+    run_folder = settings.home() / "runs" / "whole"
+    folders = sorted(run_folder.glob("checkpoint_0*"))
     assert [f.name for f in folders] == [f"checkpoint_{step:08d}" for step in (STEPS - 1, STEPS)]
     assert {p.suffix for f in folders for p in f.iterdir()} == {".json", ".safetensors"}
+    assert Path(whole.best) in [run_folder / f"best_{step:08d}" for step in (3, STEPS)]
+    assert boxinst.load(whole.best).config == boxinst.load(whole.model).config
 
 
 def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: TrainConfig) -> None:
@@ -191,6 +199,32 @@ def test_stopped_and_then_lost_a_run_goes_on_and_ends_where_an_unbroken_one_does
     assert client.get_run(stopped.run_id).info.status == "FINISHED"
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_takes_the_same_batches_of_a_ragged_corpus(
+    workers: int, config: TrainConfig, ray_session: None
+) -> None:
+    """12 images in batches of 8: an epoch ends within a batch, and no worker has a step more than another."""
+    asked = replace(config, workers=2, workers_min=1, batch_size=8)
+    index = ShardIndex.open(asked.shards)
+    control = ray.remote(num_cpus=0)(Control).remote()
+    ray.get(control.resume_at.remote(2))
+    job = Job(asked, "hash", None, None, "run", "", control)
+    data = _stream(job, index)()
+    data.context.execution_options.preserve_order = True
+    parts = data.streaming_split(workers, equal=True)  # as Ray Train does
+
+    def steps(part: ray.data.DataIterator) -> list[list[int]]:
+        batches = part.iter_batches(batch_size=8 // workers, batch_format="pyarrow")
+        return [batch["image_id"].to_pylist() for batch in batches]
+
+    with ThreadPoolExecutor(workers) as pool:
+        got = list(pool.map(steps, parts))
+    together = [sorted(i for rank in ranks for i in rank) for ranks in zip(*got, strict=True)]
+    whole = Stream(index, asked.seed).read(0, asked.steps * 8)["image_id"].to_pylist()
+    assert together == [sorted(whole[8 * step : 8 * (step + 1)]) for step in range(2, asked.steps)]
 
 
 @pytest.mark.long
