@@ -52,8 +52,8 @@ def root_colors(images: Tensor, stride: int) -> Tensor:
 
     Noise is about the same everywhere on this scale: counted light, with two grey levels of noise from reading it out
     (Anscombe, 1948, and its generalisation). The middle between the colours of an object and its ground then lies near
-    the outline that people draw, for bright objects on dark ground and the reverse. In LAB it lies inside bright objects
-    and outside dark ones.
+    the outline that people draw, for bright objects on dark ground and the reverse. In LAB it lies inside the bright
+    ones and outside the dark ones.
     """
     return (_reduced(images, stride) + 4).sqrt_()
 
