@@ -48,13 +48,14 @@ def cell_colors(images: Tensor, stride: int) -> Tensor:
 
 @torch.no_grad()
 def root_colors(images: Tensor, stride: int) -> Tensor:
-    """√(v + 3/8) of the values v of an image reduced like ``cell_colors``: [N, 3, H // stride, W // stride] float32.
+    """√(v + 4) of the values v of an image reduced like ``cell_colors``: [N, 3, H // stride, W // stride] float32.
 
-    The noise of counted light is the same everywhere in this scale (Anscombe, 1948), and the middle between the colours
-    of an object and its ground lies on the outline that people draw, for bright objects on dark ground and the reverse.
-    In LAB it lies inside bright objects and outside dark ones.
+    Noise is about the same everywhere on this scale: counted light, with two grey levels of noise from reading it out
+    (Anscombe, 1948, and its generalisation). The middle between the colours of an object and its ground then lies near
+    the outline that people draw, for bright objects on dark ground and the reverse. In LAB it lies inside the bright
+    ones and outside the dark ones.
     """
-    return (_reduced(images, stride) + 0.375).sqrt_()
+    return (_reduced(images, stride) + 4).sqrt_()
 
 
 def _reduced(images: Tensor, stride: int) -> Tensor:

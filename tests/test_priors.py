@@ -124,5 +124,5 @@ def test_root_colours_are_the_roots_of_the_mean_values() -> None:
     images = torch.randint(0, 256, (1, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     got = root_colors(images, 2)
     assert got.shape == (1, 3, 2, 3)
-    assert float(got[0, 1, 1, 2]) == pytest.approx((float(images[0, 1, 2:4, 4:6].double().mean()) + 0.375) ** 0.5)
-    torch.testing.assert_close(root_colors(images, 1), (images.float() + 0.375).sqrt())
+    assert float(got[0, 1, 1, 2]) == pytest.approx((float(images[0, 1, 2:4, 4:6].double().mean()) + 4) ** 0.5)
+    torch.testing.assert_close(root_colors(images, 1), (images.float() + 4).sqrt())
