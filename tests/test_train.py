@@ -162,21 +162,43 @@ def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: T
     assert time.monotonic() - started < 5
 
 
-def test_stopped_and_then_lost_a_run_goes_on_and_ends_where_an_unbroken_one_does(
-    whole: TrainResult, config: TrainConfig
-) -> None:
-    """Ctrl-C after the first step; far too high a rate, whose second checkpoint is of no use; and then as before."""
-    broken = replace(config, name="broken", register=False)
+def stopped_at_once(config: TrainConfig) -> TrainResult:
+    """What comes of Ctrl-C before the first step."""
     before = signal.getsignal(signal.SIGINT)
     thread = once(lambda: signal.getsignal(signal.SIGINT) is not before, lambda: os.kill(os.getpid(), signal.SIGINT))
-    stopped = run(broken)
+    result = run(config)
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
+    return result
+
+
+def ends_like(whole: TrainResult, stopped: TrainResult, resumed: TrainResult) -> None:
+    """Check that the run that was stopped after its first step has ended as an unbroken one does."""
     client = MlflowClient(tracking_uri=settings.mlflow_uri())
-    assert stopped.status == "stopped"
-    assert stopped.steps == 1
+    assert (resumed.status, resumed.steps, resumed.resumed_from) == ("finished", STEPS, stopped.steps)
+    assert resumed.run_id == stopped.run_id
+    assert resumed.version == ""
+    assert client.get_run(stopped.run_id).info.status == "FINISHED"
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name]), name
+
+
+def test_stopped_a_run_goes_on_and_ends_where_an_unbroken_one_does(whole: TrainResult, config: TrainConfig) -> None:
+    halted = replace(config, name="halted", register=False)
+    stopped = stopped_at_once(halted)
+    assert (stopped.status, stopped.steps) == ("stopped", 1)
+    client = MlflowClient(tracking_uri=settings.mlflow_uri())
     assert client.get_run(stopped.run_id).info.status == "KILLED"
     assert boxinst.load(stopped.model).config.backbone == "resnet18"
+    ends_like(whole, stopped, run(halted))
+
+
+@pytest.mark.long
+def test_a_run_whose_weights_were_lost_goes_on_from_before(whole: TrainResult, config: TrainConfig) -> None:
+    """Ctrl-C after the first step; far too high a rate, whose second checkpoint is of no use; and then as before."""
+    broken = replace(config, name="broken", register=False)
+    stopped = stopped_at_once(broken)
+    client = MlflowClient(tracking_uri=settings.mlflow_uri())
 
     # The second step is sound, and breaks the weights; the third one shows it.
     with pytest.raises(InputError) as caught:
@@ -191,14 +213,7 @@ def test_stopped_and_then_lost_a_run_goes_on_and_ends_where_an_unbroken_one_does
     assert lost.data.tags["changed.learning_rate"] == "0.001 → 1e+37"
     assert all(tensor.isfinite().all() for tensor in load_file(good / "tensors.safetensors").values())
     shutil.rmtree(stale)
-
-    resumed = run(broken)
-    assert (resumed.status, resumed.steps, resumed.resumed_from) == ("finished", STEPS, stopped.steps)
-    assert resumed.run_id == stopped.run_id
-    assert resumed.version == ""
-    assert client.get_run(stopped.run_id).info.status == "FINISHED"
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(resumed)[name]), name
+    ends_like(whole, stopped, run(broken))
 
 
 @pytest.mark.long
