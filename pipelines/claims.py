@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -184,8 +185,12 @@ class _Object(_Place):
         return self._put(data, IfNoneMatch="*")
 
     def read(self) -> tuple[bytes, str, float] | None:
+        def once() -> tuple[Any, bytes]:
+            found = s3.client().get_object(Bucket=self.bucket, Key=self.key)
+            return found, found["Body"].read()
+
         try:
-            found = s3.patiently(lambda: s3.client().get_object(Bucket=self.bucket, Key=self.key))
+            found, body = s3.patiently(once)
         except ClientError as error:
             if _status(error) == 404:
                 return None
@@ -193,7 +198,7 @@ class _Object(_Place):
         said = found["ResponseMetadata"]["HTTPHeaders"].get("date")
         now = parsedate_to_datetime(said) if said else datetime.now(UTC)
         age = (now - found["LastModified"]).total_seconds()
-        return found["Body"].read().rpartition(b"\n")[0], found["ETag"], age
+        return body.rpartition(b"\n")[0], found["ETag"], age
 
     def touch(self, data: bytes) -> bool:
         found = self.read()
