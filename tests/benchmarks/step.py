@@ -17,7 +17,6 @@ rest. `waits` is how often our step makes the host wait for the GPU; a CPU has n
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -88,12 +87,9 @@ class Case:
         height, width = size
         config = ModelConfig(classes=tuple(f"class {k}" for k in range(80)), prompt=False)
         self.device, self.amp = args.device, args.amp
-        plain = CondInst(config).to(args.device).train()
-        model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-        self.networks = {"plain": plain, "ours": torch.compile(model) if args.compile else model}
-        self.optimizers = {
-            name: torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9) for name, network in self.networks.items()
-        }
+        self.model = CondInst(config).to(args.device, memory_format=torch.channels_last).train()
+        self.network = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
         g = torch.Generator().manual_seed(0)
         images = torch.stack([smooth_image(height, width, g) for _ in range(count)])
         labels = torch.randint(0, 80, (count, INSTANCES), generator=g)
@@ -102,30 +98,29 @@ class Case:
         self.batch = Batch(images, valid, targets, list(range(count))).to(args.device)
         self.criteria = {"plain": PlainCriterion(config, LossConfig()), "ours": Criterion(config, LossConfig())}
 
-    def forward(self, name: str) -> Outputs:
+    def forward(self) -> Outputs:
         """One pass of the network."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            outputs: Outputs = self.networks[name](self.batch.images, None, self.batch.sizes)
-        return outputs
+            return self.network(self.batch.images, None, self.batch.sizes)
 
     def step(self, name: str) -> Tensor:
         """A whole step; returns the loss."""
-        loss = self.criteria[name](self.forward(name), self.batch, STEP)["loss"]
-        self._learn(name, loss.backward)
+        loss = self.criteria[name](self.forward(), self.batch, STEP)["loss"]
+        self._learn(loss.backward)
         return loss.detach()
 
     def network_alone(self) -> None:
         """A step with given gradients in the place of a loss."""
-        outputs = self.forward("ours")
+        outputs = self.forward()
         dense = outputs.dense
         assert dense is not None
         given = [outputs.mask_features, dense.class_logits, dense.distances, dense.centerness, dense.controllers]
-        self._learn("ours", lambda: torch.autograd.backward(given, [torch.zeros_like(x) for x in given]))
+        self._learn(lambda: torch.autograd.backward(given, [torch.zeros_like(x) for x in given]))
 
-    def _learn(self, name: str, backward: Callable[[], None]) -> None:
-        self.optimizers[name].zero_grad(set_to_none=True)
+    def _learn(self, backward: Callable[[], None]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
         backward()
-        self.optimizers[name].step()
+        self.optimizer.step()
 
     def waits(self) -> str:
         """How often a step of ours makes the host wait for the GPU."""
@@ -146,8 +141,8 @@ def row(size: tuple[int, int], count: int, args: argparse.Namespace) -> list[str
     ways = {"plain": lambda: case.step("plain"), "ours": lambda: case.step("ours"), "network": case.network_alone}
     time = measure.seconds(ways, args.repeats, args.device)
     memory = {}
-    for name, optimizer in case.optimizers.items():
-        optimizer.zero_grad(set_to_none=True)
+    for name in case.criteria:
+        case.optimizer.zero_grad(set_to_none=True)
         memory[name] = measure.peak_allocated(ways[name], args.device)
     return [
         f"{size[0]}×{size[1]}",
