@@ -72,6 +72,12 @@ VARIANTS = {
     "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", SHORT),
     "short-masks": Variant("nuclei", "train", "all masks", SHORT),
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
+    "nuclei-region-0": Variant(
+        "nuclei", "train_boxes", "boxes alone, without the colours of regions", "--recipe nuclei --loss.region-weight 0"
+    ),
+    "nuclei-region-50": Variant(
+        "nuclei", "train_boxes", "boxes alone, twice their weight", "--recipe nuclei --loss.region-weight 0.5"
+    ),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
     "nuclei-projection": Variant(
         "nuclei",
