@@ -338,9 +338,13 @@ def remove(uri: str, *, keep: Collection[str] = ()) -> None:
 def _delete(bucket: str, keys: list[str]) -> None:
     """At most 1,000 at a time."""
     objects: Any = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-    answer = patiently(lambda: client().delete_objects(Bucket=bucket, Delete=objects))
-    if errors := answer.get("Errors"):
-        raise ClientError({"Error": dict(errors[0])}, "DeleteObjects")  # type: ignore[typeddict-item]
+
+    def once() -> None:
+        answer = client().delete_objects(Bucket=bucket, Delete=objects)
+        if errors := answer.get("Errors"):  # each object may be throttled on its own
+            raise ClientError({"Error": dict(errors[0])}, "DeleteObjects")  # type: ignore[typeddict-item]
+
+    patiently(once)
 
 
 def delete(uri: str) -> None:

@@ -111,8 +111,8 @@ def _check_shared(job: Job) -> None:
     path = f"{run.experiment_fs_path}/{RECORD}"
     if run.storage_filesystem.get_file_info(path).type != pafs.FileType.File:
         value = f"{run.experiment_fs_path} is not the same folder on the node {socket.gethostname()}"
-        remedy = "Give a folder that all nodes of the cluster share."
-        ray.get(job.control.fail.remote("BOXINST_HOME", value, remedy))
+        remedy = "Give a folder that all nodes of the cluster share, or s3://bucket/prefix."
+        ray.get(job.control.fail.remote("BOXINST_STORE", value, remedy))
         raise RuntimeError(value)  # the other ranks wait for this one
 
 

@@ -147,3 +147,20 @@ def test_folders_on_s3(s3: str) -> None:
     assert list(storage.list_files(s3)) == ["a/1", "ab/4"]
     storage.remove(f"{s3}/a")
     assert list(storage.list_files(s3)) == ["ab/4"]
+
+
+def test_an_object_that_is_throttled_alone_is_removed_too(proxy: FaultProxy, s3: str) -> None:
+    storage.write_bytes(f"{s3}/a/1", b"1")
+    asked: list[str] = []
+
+    def answer(request: Request) -> tuple[int, dict[str, str], bytes] | None:
+        if request.operation != "DeleteObjects":
+            return None
+        asked.append(request.operation)
+        error = b"<Error><Key>a/1</Key><Code>SlowDown</Code><Message>Slow down</Message></Error>"
+        return (200, {}, b"<DeleteResult>" + error + b"</DeleteResult>") if len(asked) == 1 else None
+
+    with proxy.answering(answer):
+        storage.remove(f"{s3}/a")
+    assert len(asked) == 2
+    assert not storage.exists(f"{s3}/a/1")
