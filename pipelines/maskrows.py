@@ -6,7 +6,8 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,6 +48,9 @@ FILE_BYTES = 128 << 20
 """Size of a finished file in memory, about."""
 _IMAGES_AT_ONCE = 256
 _PARTS_IN_MEMORY = 16
+_READERS = 16
+_PENDING = ".pending.parquet"
+"""End of the name of a record whose part may not be complete."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ def part_row(shard_row: Mapping[str, Any], masks: list[BoxMask]) -> dict[str, An
         name: [getattr(mask, name) for mask in masks]
         for name in ("mask", "score", "box_iou", "spill", "fill", "status")
     }
+
+
+def unfinished(out: str, shards_uri: str, shards: Manifest) -> list[str]:
+    """Paths of the shards in which an image has no part yet: a run that goes on need not read the others.
+
+    Args:
+        out: folder that may hold PARTS and DONE.
+        shards_uri: folder of the shards.
+        shards: their manifest.
+    """
+    paths, root = storage.shard_files(shards_uri, shards), storage.join(out, DONE)
+    records = [name for name in storage.list_files(root) if not name.endswith(_PENDING)]
+    if not records:
+        return paths
+    fs, path = storage.fs_path(root)
+    done = np.unique(np.concatenate(list(_ids([f"{path}/{name}" for name in records], fs))))
+    of_shards = _ids(paths, storage.filesystem(shards_uri))
+    return [path for path, ids in zip(paths, of_shards, strict=True) if not np.isin(ids, done).all()]
 
 
 def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any]) -> Manifest:
@@ -160,12 +182,19 @@ def _empty(height: int, width: int) -> bytes:
 
 def _image_ids(uri: str, shards: Manifest) -> np.ndarray:
     """Image ids of the shards in their order, int64 [images]."""
-    fs = storage.filesystem(uri)
-    return np.concatenate([np.empty(0, np.int64), *(_ids(path, fs) for path in storage.shard_files(uri, shards))])
+    found = _ids(storage.shard_files(uri, shards), storage.filesystem(uri))
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
-def _ids(path: str, fs: pafs.FileSystem) -> np.ndarray:
-    return pq.read_table(path, columns=["image_id"], filesystem=fs)["image_id"].to_numpy()
+def _ids(paths: Sequence[str], fs: pafs.FileSystem) -> Iterator[np.ndarray]:
+    """Image ids of each file, int64 [rows]. Many files at once: S3 answers late, and there may be thousands."""
+
+    def read(path: str) -> np.ndarray:
+        with fs.open_input_file(path) as stream:
+            return pq.ParquetFile(stream).read(columns=["image_id"])["image_id"].to_numpy()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, paths)
 
 
 def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
@@ -175,7 +204,7 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
     """
     fs, root = storage.fs_path(storage.join(out, PARTS))
     names = _committed(out)
-    found = [_ids(f"{root}/{name}", fs) for name in names]
+    found = list(_ids([f"{root}/{name}" for name in names], fs))
     ids = np.concatenate([np.empty(0, np.int64), *found])
     part = np.repeat(np.arange(len(names)), [len(f) for f in found])
     within = np.concatenate([np.empty(0, np.int64), *(np.arange(len(f)) for f in found)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
+from boxinst.condinst import CondInst
 from boxinst.errors import InputError
 from pipelines import cluster, inference, maskrows, registry, storage
 from pipelines.config import Resolution, SegmentConfig
@@ -22,10 +24,14 @@ from pipelines.segmenter import Segmenter
 _COLUMNS = ["image_id", "file_name", "image", "width", "height", "annotation_ids", "boxes", "labels", "crowd"]
 
 
-def run(config: SegmentConfig) -> Manifest:
+def run(config: SegmentConfig, *, load: Callable[..., CondInst] = inference.unpack) -> Manifest:
     """Write one mask row for every box of the shards, and the manifest last.
 
     A killed run goes on where it was when it is started again; a finished one is left as it is.
+
+    Args:
+        config: what to segment, by which model.
+        load: gives a worker the model, as ``inference.unpack`` does. Measurements of all but the network give another.
 
     Returns:
         The manifest. Its counts: images, boxes, and of these ok, empty and errors.
@@ -55,7 +61,7 @@ def run(config: SegmentConfig) -> Manifest:
         print(f"{out} holds the masks of these boxes by this model already: nothing to do.", file=sys.stderr)
         maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
     else:
-        _segment_images(config, shards, folder)
+        _segment_images(config, shards, folder, load)
         manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
         maskrows.write_coco(config.coco, out, manifest)
@@ -77,8 +83,11 @@ def _refuse_other(out: str, source: dict[str, Any], overwrite: bool) -> None:
         raise InputError("--out", f"{out} was begun with {was}", "Give another folder, or `--overwrite`.")
 
 
-def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> None:
+def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load: Callable[..., CondInst]) -> None:
     """Run the model over every image that has no part yet. The rows stay one per image, so none is half written."""
+    files = maskrows.unfinished(config.output, config.shards, shards)
+    if not files:
+        return
     cluster.start()
     cluster.check(config.workers, 1, int(config.gpu))
     slots = int(ray.cluster_resources()["CPU"])
@@ -88,15 +97,13 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = _checkpoints(config.output)
     try:
-        rows = ray.data.read_parquet(
-            storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
-        ).select_columns(_COLUMNS)
+        rows = ray.data.read_parquet(files, filesystem=storage.filesystem(config.shards)).select_columns(_COLUMNS)
         # A part is written when a worker has done its block, so the blocks set how much a killed run repeats.
         masks = rows.repartition(target_num_rows_per_block=config.checkpoint_images).map_batches(
             Segmenter,
             fn_constructor_kwargs={
                 "load": functools.partial(
-                    inference.unpack,
+                    load,
                     functools.partial(ray.get, ray.put(inference.pack(folder))),
                     device="cuda" if config.gpu else "cpu",
                     threads=inference.threads(config.workers),
