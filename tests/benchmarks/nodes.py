@@ -1,0 +1,80 @@
+"""Does `segment` get faster with every node? The same work for each node, on 1, 2 and 4 of them.
+
+    python tests/benchmarks/nodes.py
+
+The nodes are logical ones of Ray, all on this machine: each has its own scheduler and object store, 2 CPU slots and a
+slot for one worker, and the driver stands beside them. In place of the network every worker waits a fixed time for each
+image, so that the machine's few cores do not limit what the pipeline could hand out. Images are small.
+
+Images per second are those of all workers together while all are at work; the seconds are those of the whole command,
+in which one machine starts the processes of all nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+import ray
+import stand_in
+from ray.cluster_utils import Cluster
+
+from pipelines import cluster
+from pipelines.config import SegmentConfig
+from pipelines.segment import run
+
+
+def segment(nodes: int, shards: str, model: str, root: Path, seconds: float) -> tuple[float, float]:
+    """Images per second while all work, and the seconds of the whole command, on a cluster of so many nodes."""
+    log = root / f"log-{nodes}"
+    machines = Cluster()
+    try:
+        for _ in range(nodes):
+            # A logical GPU is what puts one worker on every node, as on a real cluster.
+            machines.add_node(num_cpus=2, num_gpus=1, object_store_memory=200 << 20, include_dashboard=False)
+        machines.wait_for_nodes()
+        os.environ["RAY_ADDRESS"] = machines.address
+        start = time.perf_counter()
+        config = SegmentConfig(
+            model, shards, str(root / f"masks-{nodes}"), workers=nodes, gpu=True, checkpoint_images=16
+        )
+        run(config, load=stand_in.fixed_time(seconds, log))
+        whole = time.perf_counter() - start
+    finally:
+        cluster.stop()
+        machines.shutdown()
+        ray.shutdown()
+    return stand_in.rate(log), whole
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="clusters (default: %(default)s)")
+    parser.add_argument("--model", type=float, default=0.2, help="seconds per image (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=200, help="for each node (default: %(default)s)")
+    args = parser.parse_args()
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = stand_in.write_model(root / "model")
+        alone = None
+        for nodes in args.nodes:
+            images = args.images * nodes
+            shards = stand_in.write_shards(root / f"shards-{nodes}", images, per_shard=64, side=64, boxes=2)
+            rate, whole = segment(nodes, shards, model, root, args.model)
+            alone = alone or rate / nodes
+            rows.append(
+                [f"{nodes}", f"{images}", f"{rate:.2f}", f"{rate / alone / nodes:.0%}"]
+                + [f"{rate * args.model / nodes:.0%}", f"{whole:.0f}"]
+            )
+    print(f"{args.model * 1000:.0f} ms for each image:\n")
+    print(measure.table(["nodes", "images", "images/s", "of linear", "of the workers' time", "command s"], rows))
+
+
+if __name__ == "__main__":
+    main()
