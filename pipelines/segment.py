@@ -113,7 +113,10 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load:
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            # Two blocks at a time in each, so that the model need not wait while images are decoded or masks encoded.
+            compute=ray.data.ActorPoolStrategy(
+                size=config.workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
             num_cpus=1,
             num_gpus=int(config.gpu),
         )

@@ -3,10 +3,10 @@
     python tests/benchmarks/memory.py
 
 Each corpus in a process of its own: shards of small JPEG files with one box each, 2,500 images a shard, and a model
-that takes no time. Twice a second the memory of the driver and of every process that Ray has started is read from Linux:
-what a process has for itself (RssAnon), and all that it has in RAM (VmRSS), with libraries and the part of Ray's object
-store that it has looked at, which all processes share and whose size Ray limits. The table shows the most that was seen,
-of the workers that of the largest one.
+that takes no time. Twice a second the memory of the driver and of every process that Ray has started is read from
+Linux: what a process has for itself (RssAnon), and all that it has in RAM (VmRSS), with libraries and the part of Ray's
+object store that it has looked at, which all processes share and whose size Ray limits. The table shows the most that
+was seen, of the workers that of the largest one.
 """
 
 from __future__ import annotations

@@ -69,8 +69,10 @@ def main() -> None:
             rate, whole = segment(nodes, shards, model, root, args.model)
             alone = alone or rate / nodes
             rows.append(
-                [f"{nodes}", f"{images}", f"{rate:.2f}", f"{rate / alone / nodes:.0%}"]
-                + [f"{rate * args.model / nodes:.0%}", f"{whole:.0f}"]
+                [
+                    *(f"{nodes}", f"{images}", f"{rate:.2f}", f"{rate / alone / nodes:.0%}"),
+                    *(f"{rate * args.model / nodes:.0%}", f"{whole:.0f}"),
+                ]
             )
     print(f"{args.model * 1000:.0f} ms for each image:\n")
     print(measure.table(["nodes", "images", "images/s", "of linear", "of the workers' time", "command s"], rows))
