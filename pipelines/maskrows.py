@@ -47,7 +47,9 @@ PART_SCHEMA = pa.schema(
 FILE_BYTES = 128 << 20
 """Size of a finished file in memory, about."""
 _IMAGES_AT_ONCE = 256
-_PARTS_IN_MEMORY = 16
+_IMAGES_AHEAD = 1024
+"""Images whose parts are being read: S3 answers late, but many at once."""
+_PARTS_IN_MEMORY = 32
 _READERS = 16
 _PENDING = ".pending.parquet"
 """End of the name of a record whose part may not be complete."""
@@ -213,19 +215,23 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
     if len(missing := np.setdiff1d(image_ids, known)):
         raise RuntimeError(f"{len(missing)} images have no masks, the first is {missing[0]}")
 
-    @functools.lru_cache(maxsize=_PARTS_IN_MEMORY)
-    def load(k: int) -> pa.Table:
-        return pq.read_table(f"{root}/{names[k]}", filesystem=fs).select(PART_SCHEMA.names).cast(PART_SCHEMA)
+    def read(k: int) -> pa.Table:
+        with fs.open_input_file(f"{root}/{names[k]}") as stream:
+            return pq.ParquetFile(stream).read().select(PART_SCHEMA.names).cast(PART_SCHEMA)
 
     rows = at[np.searchsorted(known, image_ids)]
-    for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
-        wanted = rows[start : start + _IMAGES_AT_ONCE]
-        pieces, rank = [], []
-        for k in dict.fromkeys(part[wanted].tolist()):
-            here = np.flatnonzero(part[wanted] == k)
-            pieces.append(load(k).take(pa.array(within[wanted[here]])))
-            rank.append(here)
-        yield pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rank))))
+    with ThreadPoolExecutor(_READERS) as pool:
+        load = functools.lru_cache(maxsize=_PARTS_IN_MEMORY)(lambda k: pool.submit(read, k))
+        for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
+            for k in dict.fromkeys(part[rows[start : start + _IMAGES_AHEAD]].tolist()):
+                load(k)
+            wanted = rows[start : start + _IMAGES_AT_ONCE]
+            pieces, rank = [], []
+            for k in dict.fromkeys(part[wanted].tolist()):
+                here = np.flatnonzero(part[wanted] == k)
+                pieces.append(load(k).result().take(pa.array(within[wanted[here]])))
+                rank.append(here)
+            yield pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rank))))
 
 
 def _committed(out: str) -> list[str]:
