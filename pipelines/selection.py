@@ -80,14 +80,16 @@ class _Least:
 
 
 def _lots(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """A random number for each id, the same wherever it stands. Source: SplitMix64, of Java's SplittableRandom."""
-    step = 0x9E3779B97F4A7C15
-    lots = np.array([seed * step % 2**64], np.uint64) ^ ids.astype(np.uint64) * np.uint64(step)
-    for _ in range(2):  # the seed and the ids are mixed once by each round, and small numbers need both
-        lots = (lots ^ lots >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        lots = (lots ^ lots >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        lots ^= lots >> np.uint64(31)
-    return lots
+    """A random number for each id, the same wherever the id stands."""
+    start = _mixed(np.array([(seed + 1) % 2**64], np.uint64))
+    return _mixed(start + ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's way to make random bits of a counter (Steele, Lea and Flood 2014)."""
+    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ numbers >> np.uint64(31)
 
 
 def read_rows(uri: str, manifest: Manifest, wanted: NDArray[np.int64]) -> dict[int, list[dict[str, Any]]]:

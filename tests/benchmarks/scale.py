@@ -4,12 +4,14 @@
 
 The first table: the most memory that the command's own process takes beyond what it had before, and the seconds, each
 for a corpus small enough to try, per million boxes, and what memory that means for a billion. No model runs; 10 boxes
-in an image. The second: bytes of a mask row, with the true masks of real images, and of a shard in the manifest.
+in an image. The second: bytes of a box with its mask, for the true masks of real images: as a mask row, and as what
+the review's database keeps of it, before it compresses that; and bytes of a shard in the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bson
 import measure
 import numpy as np
 import pyarrow as pa
@@ -24,7 +27,7 @@ import torch
 
 from boxinst import Instances, Targets, rle
 from boxinst.metrics import filled_box
-from pipelines import coco, maskrows, selection, shards, storage
+from pipelines import coco, maskrows, review, selection, shards, storage
 from pipelines.maskrows import BoxMask
 from pipelines.schema import MASK_SCHEMA, SHARD_SCHEMA, Category, File, Manifest
 from pipelines.scorecard import Scorecard
@@ -193,7 +196,7 @@ def costs() -> str:
     return measure.table(header, rows)
 
 
-def sizes(data: Path) -> str:
+def bytes_of_a_box(data: Path) -> str:
     """The second table: real masks, written as mask rows are."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -209,15 +212,34 @@ def sizes(data: Path) -> str:
                     measures = np.random.default_rng(a.id).random(4).astype(np.float32).tolist()
                     row |= dict(zip(("score", "box_iou", "spill", "fill"), measures, strict=True))
                     made.append(row | {"status": "ok", "model": "cells/1"})
-            size = 256 * max(len(made) // len(corpus.images), 1)
-            groups = [pa.Table.from_pylist(made[k : k + size], schema=MASK_SCHEMA) for k in range(0, len(made), size)]
+            documents = _documents(made[:1000])
+            step = 256 * max(len(made) // len(corpus.images), 1)
+            groups = [pa.Table.from_pylist(made[k : k + step], schema=MASK_SCHEMA) for k in range(0, len(made), step)]
             file = storage.write_parquet(f"{folder}/{name}.parquet", groups, MASK_SCHEMA)
             mask = sum(len(row["mask"] or b"") for row in made) / len(made)
-            rows.append([f"mask rows of {name}", f"{len(made):,}", f"{mask:.0f}", f"{file.bytes / len(made):.0f}"])
+            rows.append(
+                [
+                    f"boxes of {name}",
+                    f"{len(made):,}",
+                    f"{mask:.0f}",
+                    f"{file.bytes / len(made):.0f}",
+                    f"{documents:.0f}",
+                ]
+            )
     files = [File(f"shard-{k:05d}.parquet", 640, 134_217_728 + k, f"{k:064x}") for k in range(1000)]
     entry = len(Manifest("shards", CATEGORIES, files, {}).to_json()) / len(files)
-    rows.append(["a shard in the manifest", f"{len(files):,}", "-", f"{entry:.0f}"])
-    return measure.table(["what", "number", "bytes of the RLE", "bytes in the file"], rows)
+    rows.append(["a shard in the manifest", f"{len(files):,}", "-", f"{entry:.0f}", "-"])
+    return measure.table(["what", "number", "bytes of the RLE", "bytes in the file", "bytes in the database"], rows)
+
+
+def _documents(rows: list[dict[str, Any]]) -> float:
+    """Bytes per box in the documents of a review, one for each image."""
+    total = 0
+    for _, of_image in itertools.groupby(rows, key=lambda row: row["image_id"]):
+        boxes = list(of_image)
+        pairs = [review._label(row, ["thing"], set()) for row in boxes]
+        total += len(bson.encode(review._sample(boxes[0], "/media/image.png", pairs).to_mongo_dict()))
+    return total / len(rows)
 
 
 def main() -> None:
@@ -227,7 +249,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(costs(), "\n")
-    print(sizes(args.data))
+    print(bytes_of_a_box(args.data))
 
 
 if __name__ == "__main__":
