@@ -4,8 +4,9 @@
 
 The first table: the most memory that the command's own process takes beyond what it had before, and its seconds on the
 CPU, for a corpus small enough to try; what a million boxes more take, from a corpus of a quarter of that; and what
-memory that means for a billion. No model runs; 10 boxes in an image. The second: bytes of a box with its mask, for the true masks of real images: as a mask row, and as what
-the review's database keeps of it, before it compresses that; and bytes of a shard in the manifest.
+memory that means for a billion. No model runs; 10 boxes in an image. The second: bytes of a box with its mask, for the
+true masks of real images: as a mask row, and as what the review's database keeps of it, before it compresses that; and
+bytes of a shard in the manifest.
 """
 
 from __future__ import annotations
