@@ -85,14 +85,19 @@ def unfinished(out: str, shards_uri: str, shards: Manifest) -> list[str]:
         shards_uri: folder of the shards.
         shards: their manifest.
     """
-    paths, root = storage.shard_files(shards_uri, shards), storage.join(out, DONE)
-    records = [name for name in storage.list_files(root) if not name.endswith(_PENDING)]
-    if not records:
+    paths = storage.shard_files(shards_uri, shards)
+    fs, path = storage.fs_path(storage.join(out, DONE))
+    if not len(ids := done(path, fs)):
         return paths
-    fs, path = storage.fs_path(root)
-    done = np.unique(np.concatenate(list(_ids([f"{path}/{name}" for name in records], fs))))
     of_shards = _ids(paths, storage.filesystem(shards_uri))
-    return [path for path, ids in zip(paths, of_shards, strict=True) if not np.isin(ids, done).all()]
+    return [path for path, own in zip(paths, of_shards, strict=True) if not np.isin(own, ids).all()]
+
+
+def done(path: str, fs: pafs.FileSystem) -> np.ndarray:
+    """Ids of the images whose parts are complete, by the records in a folder: int64, sorted, each once."""
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    records = [info.path for info in found if info.type == pafs.FileType.File and not info.path.endswith(_PENDING)]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *_ids(records, fs)]))
 
 
 def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any]) -> Manifest:

@@ -18,6 +18,7 @@ from boxinst.condinst import CondInst
 from boxinst.errors import InputError
 from pipelines import cluster, inference, maskrows, registry, storage
 from pipelines.config import Resolution, SegmentConfig
+from pipelines.records import Records
 from pipelines.schema import Manifest
 from pipelines.segmenter import Segmenter
 
@@ -129,5 +130,9 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load:
 def _checkpoints(out: str) -> CheckpointConfig:
     fs, path = storage.fs_path(storage.join(out, maskrows.DONE))
     return CheckpointConfig(
-        id_column="image_id", checkpoint_path=path, override_filesystem=fs, delete_checkpoint_on_success=False
+        id_column="image_id",
+        checkpoint_path=path,
+        override_filesystem=fs,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=Records,
     )

@@ -3,7 +3,7 @@
     python tests/benchmarks/nodes.py
 
 The nodes are logical ones of Ray, all on this machine: each has its own scheduler and object store, 2 CPU slots and a
-slot for one worker, and the driver stands beside them. In place of the network every worker waits a fixed time for each
+slot for one worker; a further one, without a worker, stands for the driver's. In place of the network every worker waits a fixed time for each
 image, so that the machine's few cores do not limit what the pipeline could hand out. Images are small.
 
 Images per second are those of all workers together while all are at work; the seconds are those of the whole command,
@@ -33,9 +33,10 @@ def segment(nodes: int, shards: str, model: str, root: Path, seconds: float) -> 
     log = root / f"log-{nodes}"
     machines = Cluster()
     try:
+        machines.add_node(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False)
         for _ in range(nodes):
             # A logical GPU is what puts one worker on every node, as on a real cluster.
-            machines.add_node(num_cpus=2, num_gpus=1, object_store_memory=200 << 20, include_dashboard=False)
+            machines.add_node(num_cpus=2, num_gpus=1, object_store_memory=200 << 20)
         machines.wait_for_nodes()
         os.environ["RAY_ADDRESS"] = machines.address
         start = time.perf_counter()
