@@ -3,8 +3,9 @@
     python tests/benchmarks/nodes.py
 
 The nodes are logical ones of Ray, all on this machine: each has its own scheduler and object store, 2 CPU slots and a
-slot for one worker; a further one, without a worker, stands for the driver's. In place of the network every worker waits a fixed time for each
-image, so that the machine's few cores do not limit what the pipeline could hand out. Images are small.
+slot for one worker; a further one, without a worker, stands for the driver's. In place of the network every worker
+waits a fixed time for each image, so that the machine's few cores do not limit what the pipeline could hand out. Images
+are small.
 
 Images per second are those of all workers together while all are at work; the seconds are those of the whole command,
 in which one machine starts the processes of all nodes.
