@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import measure
-import ray
 import stand_in
 from ray.cluster_utils import Cluster
 
@@ -28,47 +27,38 @@ from pipelines import cluster
 from pipelines.config import SegmentConfig
 from pipelines.segment import run
 
-
-def segment(nodes: int, shards: str, model: str, root: Path, seconds: float) -> tuple[float, float]:
-    """Images per second while all work, and the seconds of the whole command, on a cluster of so many nodes."""
-    log = root / f"log-{nodes}"
-    machines = Cluster()
-    try:
-        machines.add_node(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False)
-        for _ in range(nodes):
-            # A logical GPU is what puts one worker on every node, as on a real cluster.
-            machines.add_node(num_cpus=2, num_gpus=1, object_store_memory=200 << 20)
-        machines.wait_for_nodes()
-        os.environ["RAY_ADDRESS"] = machines.address
-        start = time.perf_counter()
-        config = SegmentConfig(
-            model, shards, str(root / f"masks-{nodes}"), workers=nodes, gpu=True, checkpoint_images=16
-        )
-        run(config, load=stand_in.fixed_time(seconds, log))
-        whole = time.perf_counter() - start
-    finally:
-        cluster.stop()
-        machines.shutdown()
-        ray.shutdown()
-    return stand_in.rate(log), whole
+STORE = 200 << 20
+"""Bytes of a node's object store."""
 
 
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="clusters (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="how many, rising (default: 1 2 4)")
     parser.add_argument("--model", type=float, default=0.2, help="seconds per image (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=200, help="for each node (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=120, help="for each node (default: %(default)s)")
     args = parser.parse_args()
     rows: list[list[str]] = []
+    machines = Cluster()
+    machines.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False)
+    os.environ["RAY_ADDRESS"] = machines.address
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model = stand_in.write_model(root / "model")
         alone = None
         for nodes in args.nodes:
-            images = args.images * nodes
+            while len(machines.worker_nodes) < nodes:
+                # A logical GPU is what puts one worker on every node, as on a real cluster.
+                machines.add_node(num_cpus=2, num_gpus=1, object_store_memory=STORE)
+            machines.wait_for_nodes()
+            images, log = args.images * nodes, root / f"log-{nodes}"
             shards = stand_in.write_shards(root / f"shards-{nodes}", images, per_shard=64, side=64, boxes=2)
-            rate, whole = segment(nodes, shards, model, root, args.model)
+            out = str(root / f"masks-{nodes}")
+            start = time.perf_counter()
+            config = SegmentConfig(model, shards, out, workers=nodes, gpu=True, checkpoint_images=8)
+            run(config, load=stand_in.fixed_time(args.model, log))
+            whole = time.perf_counter() - start
+            rate = stand_in.rate(log)
             alone = alone or rate / nodes
             rows.append(
                 [
@@ -76,6 +66,8 @@ def main() -> None:
                     *(f"{rate * args.model / nodes:.0%}", f"{whole:.0f}"),
                 ]
             )
+    cluster.stop()
+    machines.shutdown()
     print(f"{args.model * 1000:.0f} ms for each image:\n")
     print(measure.table(["nodes", "images", "images/s", "of linear", "of the workers' time", "command s"], rows))
 
