@@ -16,7 +16,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +175,18 @@ STAGES: dict[str, tuple[Callable[[Path, int], Callable[[], object]], int]] = {
     "`shard`: read and plan the COCO JSON": (of_shard, 20_000),
     "any: write and read a manifest": (of_manifest, 10_000_000),
     "`train`: order an epoch": (of_train, 1_000_000),
-    "`segment`: publish the parts": (of_publish, 20_000),
-    "`review`: choose 5,200 boxes and read their rows": (of_select, 200_000),
-    "`evaluate`: add up and compute": (of_evaluate, 4_000),
+    "`segment`: publish the parts": (of_publish, 10_000),
+    "`review`: choose 5,200 boxes and read their rows": (of_select, 100_000),
+    "`evaluate`: add up and compute": (of_evaluate, 2_000),
     "`feedback`: gather and write the COCO JSON": (of_feedback, 20_000),
 }
 """What is measured, and on how many images."""
 
 
-def costs() -> str:
-    """The first table. Each stage has a small corpus and one of four times the size: the difference is the cost."""
-    rows = []
+def costs() -> Iterator[str]:
+    """The first table, line by line. What a stage costs is the difference of two corpora, of a size and a quarter of it."""
+    header = ["stage", "boxes", "MiB", "seconds", "MiB per million", "seconds per million", "GiB for a billion"]
+    yield measure.table(header, [])
     for name, (prepare, images) in STAGES.items():
         taken = []
         for size in (images // 4, images):
@@ -197,14 +198,9 @@ def costs() -> str:
         (few_mib, few_seconds), (mib, seconds) = taken
         millions = (images - images // 4) * BOXES / 1e6
         more = (mib - few_mib) / millions
-        rows.append(
-            [
-                *(name, f"{images * BOXES:,}", f"{mib:,.0f}", f"{seconds:.1f}"),
-                *(f"{more:,.1f}", f"{(seconds - few_seconds) / millions:.1f}", f"{more * 1000 / 1024:,.1f}"),
-            ]
-        )
-    header = ["stage", "boxes", "MiB", "seconds", "MiB per million", "seconds per million", "GiB for a billion"]
-    return measure.table(header, rows)
+        row = [name, f"{images * BOXES:,}", f"{mib:,.0f}", f"{seconds:.1f}"]
+        row += [f"{more:,.1f}", f"{(seconds - few_seconds) / millions:.1f}", f"{more * 1000 / 1024:,.1f}"]
+        yield "| " + " | ".join(row) + " |"
 
 
 def bytes_of_a_box(data: Path) -> str:
@@ -259,7 +255,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with corpora that have masks")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(costs(), "\n")
+    for line in costs():
+        print(line, flush=True)
+    print()
     print(bytes_of_a_box(args.data))
 
 
