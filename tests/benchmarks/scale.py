@@ -186,7 +186,7 @@ STAGES: dict[str, tuple[Callable[[Path, int], Callable[[], object]], int]] = {
 
 
 def costs(only: str) -> Iterator[str]:
-    """The first table, line by line. What a stage costs is the difference of two corpora, one a quarter of the other."""
+    """The first table, line by line. A stage costs the difference of two corpora, one a quarter of the other."""
     header = ["stage", "boxes", "MiB", "seconds", "MiB per million", "seconds per million", "GiB for a billion"]
     yield measure.table(header, [])
     for name, (prepare, images) in STAGES.items():
