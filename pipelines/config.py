@@ -330,7 +330,7 @@ class SegmentConfig:
     batch_size: int = 4
     """Images that a worker takes at a time."""
     checkpoint_images: int = 64
-    """Images after which a worker's results are written down. A killed run repeats at most this many per worker."""
+    """Images after which results are written down. A worker has two such lots in hand, which a killed run repeats."""
     overwrite: bool = False
     """Replace what the output folder holds of other inputs or options."""
 

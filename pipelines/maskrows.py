@@ -6,7 +6,8 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -47,7 +48,12 @@ PART_SCHEMA = pa.schema(
 FILE_BYTES = 128 << 20
 """Size of a finished file in memory, about."""
 _IMAGES_AT_ONCE = 256
-_PARTS_IN_MEMORY = 16
+_IMAGES_AHEAD = 1024
+"""Images whose parts are being read: S3 answers late, but many at once."""
+_PARTS_IN_MEMORY = 32
+_READERS = 16
+_PENDING = ".pending.parquet"
+"""End of the name of a record whose part may not be complete."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,29 @@ def part_row(shard_row: Mapping[str, Any], masks: list[BoxMask]) -> dict[str, An
         name: [getattr(mask, name) for mask in masks]
         for name in ("mask", "score", "box_iou", "spill", "fill", "status")
     }
+
+
+def unfinished(out: str, shards_uri: str, shards: Manifest) -> list[str]:
+    """Paths of the shards in which an image has no part yet: a run that goes on need not read the others.
+
+    Args:
+        out: folder that may hold PARTS and DONE.
+        shards_uri: folder of the shards.
+        shards: their manifest.
+    """
+    paths = storage.shard_files(shards_uri, shards)
+    fs, path = storage.fs_path(storage.join(out, DONE))
+    if not len(ids := done(path, fs)):
+        return paths
+    of_shards = _ids(paths, storage.filesystem(shards_uri))
+    return [path for path, own in zip(paths, of_shards, strict=True) if not np.isin(own, ids).all()]
+
+
+def done(path: str, fs: pafs.FileSystem) -> np.ndarray:
+    """Ids of the images whose parts are complete, by the records in a folder: int64, sorted, each once."""
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    records = [info.path for info in found if info.type == pafs.FileType.File and not info.path.endswith(_PENDING)]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *_ids(records, fs)]))
 
 
 def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any]) -> Manifest:
@@ -147,12 +176,18 @@ def _empty(height: int, width: int) -> bytes:
 
 def _image_ids(uri: str, shards: Manifest) -> np.ndarray:
     """Image ids of the shards in their order, int64 [images]."""
-    fs = storage.filesystem(uri)
-    return np.concatenate([np.empty(0, np.int64), *(_ids(path, fs) for path in storage.shard_files(uri, shards))])
+    found = _ids(storage.shard_files(uri, shards), storage.filesystem(uri))
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
-def _ids(path: str, fs: pafs.FileSystem) -> np.ndarray:
-    return patiently(lambda: pq.read_table(path, columns=["image_id"], filesystem=fs))["image_id"].to_numpy()
+def _ids(paths: Sequence[str], fs: pafs.FileSystem) -> Iterator[np.ndarray]:
+    """Image ids of each file, int64 [rows]. Many files at once: S3 answers late, and there may be thousands."""
+
+    def read(path: str) -> np.ndarray:
+        return patiently(lambda: pq.read_table(path, columns=["image_id"], filesystem=fs))["image_id"].to_numpy()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(read, paths)
 
 
 def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
@@ -162,7 +197,7 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
     """
     fs, root = storage.fs_path(storage.join(out, PARTS))
     names = _committed(out)
-    found = [_ids(f"{root}/{name}", fs) for name in names]
+    found = list(_ids([f"{root}/{name}" for name in names], fs))
     ids = np.concatenate([np.empty(0, np.int64), *found])
     part = np.repeat(np.arange(len(names)), [len(f) for f in found])
     within = np.concatenate([np.empty(0, np.int64), *(np.arange(len(f)) for f in found)])
@@ -171,20 +206,23 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
     if len(missing := np.setdiff1d(image_ids, known)):
         raise RuntimeError(f"{len(missing)} images have no masks, the first is {missing[0]}")
 
-    @functools.lru_cache(maxsize=_PARTS_IN_MEMORY)
-    def load(k: int) -> pa.Table:
+    def read(k: int) -> pa.Table:
         table = patiently(lambda: pq.read_table(f"{root}/{names[k]}", filesystem=fs))
         return table.select(PART_SCHEMA.names).cast(PART_SCHEMA)
 
     rows = at[np.searchsorted(known, image_ids)]
-    for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
-        wanted = rows[start : start + _IMAGES_AT_ONCE]
-        pieces, rank = [], []
-        for k in dict.fromkeys(part[wanted].tolist()):
-            here = np.flatnonzero(part[wanted] == k)
-            pieces.append(load(k).take(pa.array(within[wanted[here]])))
-            rank.append(here)
-        yield pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rank))))
+    with ThreadPoolExecutor(_READERS) as pool:
+        load = functools.lru_cache(maxsize=_PARTS_IN_MEMORY)(lambda k: pool.submit(read, k))
+        for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
+            for k in dict.fromkeys(part[rows[start : start + _IMAGES_AHEAD]].tolist()):
+                load(k)
+            wanted = rows[start : start + _IMAGES_AT_ONCE]
+            pieces, rank = [], []
+            for k in dict.fromkeys(part[wanted].tolist()):
+                here = np.flatnonzero(part[wanted] == k)
+                pieces.append(load(k).result().take(pa.array(within[wanted[here]])))
+                rank.append(here)
+            yield pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rank))))
 
 
 def _committed(out: str) -> list[str]:

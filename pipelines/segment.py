@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,23 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 import boxinst
+from boxinst.condinst import CondInst
 from boxinst.errors import InputError
 from pipelines import claims, cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
+from pipelines.records import Records
 from pipelines.schema import Manifest
 from pipelines.segmenter import COLUMNS, Segmenter
 
 
-def run(config: SegmentConfig) -> Manifest:
+def run(config: SegmentConfig, *, load: Callable[..., CondInst] = inference.unpack) -> Manifest:
     """Write one mask row for every box of the shards, and the manifest last.
 
     A killed run goes on where it was when it is started again; a finished one is left as it is.
+
+    Args:
+        config: what to segment, by which model.
+        load: gives a worker the model, as ``inference.unpack`` does. Measurements of all but the network give another.
 
     Returns:
         The manifest. Its counts: images, boxes, and of these ok, empty and errors.
@@ -33,10 +40,10 @@ def run(config: SegmentConfig) -> Manifest:
     """
     storage.check(config.shards, config.output, config.coco, config.model)
     with claims.held(config.output, "--out") as claim:
-        return _run(config, claim)
+        return _run(config, claim, load)
 
 
-def _run(config: SegmentConfig, claim: claims.Claim) -> Manifest:
+def _run(config: SegmentConfig, claim: claims.Claim, load: Callable[..., CondInst]) -> Manifest:
     """See ``run``; the output is claimed."""
     out = config.output
     shards = storage.read_manifest(config.shards, "shards")
@@ -61,7 +68,7 @@ def _run(config: SegmentConfig, claim: claims.Claim) -> Manifest:
         maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
     else:
         with storage.explained(out):
-            _segment_images(config, shards, folder)
+            _segment_images(config, shards, folder, load)
             claim.check()
             manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
@@ -84,8 +91,11 @@ def _refuse_other(out: str, source: dict[str, Any], overwrite: bool) -> None:
         raise InputError("--out", f"{out} was begun with {was}", "Give another folder, or `--overwrite`.")
 
 
-def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> None:
+def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load: Callable[..., CondInst]) -> None:
     """Run the model over every image that has no part yet. The rows stay one per image, so none is half written."""
+    files = maskrows.unfinished(config.output, config.shards, shards)
+    if not files:
+        return
     cluster.start()
     cluster.check(config.workers, 1, int(config.gpu))
     slots = int(ray.cluster_resources()["CPU"])
@@ -95,15 +105,13 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = _checkpoints(config.output)
     try:
-        rows = ray.data.read_parquet(
-            storage.shard_files(config.shards, shards), filesystem=storage.filesystem(config.shards)
-        ).select_columns(COLUMNS)
+        rows = ray.data.read_parquet(files, filesystem=storage.filesystem(config.shards)).select_columns(COLUMNS)
         # A part is written when a worker has done its block, so the blocks set how much a killed run repeats.
         masks = rows.repartition(target_num_rows_per_block=config.checkpoint_images).map_batches(
             Segmenter,
             fn_constructor_kwargs={
                 "load": functools.partial(
-                    inference.unpack,
+                    load,
                     functools.partial(ray.get, ray.put(inference.pack(folder))),
                     device="cuda" if config.gpu else "cpu",
                     threads=inference.threads(config.workers),
@@ -114,7 +122,10 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            # Two blocks at a time in each, so that the model need not wait while images are decoded or masks encoded.
+            compute=ray.data.ActorPoolStrategy(
+                size=config.workers, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
             num_cpus=1,
             num_gpus=int(config.gpu),
         )
@@ -131,5 +142,9 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path) -> No
 def _checkpoints(out: str) -> CheckpointConfig:
     fs, path = storage.fs_path(storage.join(out, maskrows.DONE))
     return CheckpointConfig(
-        id_column="image_id", checkpoint_path=path, override_filesystem=fs, delete_checkpoint_on_success=False
+        id_column="image_id",
+        checkpoint_path=path,
+        override_filesystem=fs,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=Records,
     )

@@ -5,6 +5,7 @@ It knows nothing of Ray or MLflow, which a worker process would have to load bef
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -28,6 +29,8 @@ COLUMNS = [name for name in SHARD_SCHEMA.names if name != "masks"]
 class Segmenter:
     """A worker: loads the model once, then takes batches of shard rows and gives rows of ``maskrows.PART_SCHEMA``.
 
+    Several threads may call it: while one has the model, the others decode images and encode masks.
+
     Args:
         load: gives the model.
         resolution: of the images in the network.
@@ -43,6 +46,7 @@ class Segmenter:
         count: Callable[..., None] | None = None,
     ) -> None:
         self._model, self._resolution, self._exif, self._count = load(), resolution, exif, count
+        self._turn = threading.Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Shard rows to one row per image. What fails becomes the status of its boxes, and nothing else fails."""
@@ -80,9 +84,14 @@ class Segmenter:
     def _together(self, samples: Sequence[tuple[Tensor, Tensor]]) -> list[list[BoxMask]]:
         found: list[list[BoxMask]] = [[] for _ in samples]
         images, boxes = [image for image, _ in samples], [given for _, given in samples]
-        for k, which, instances in inference.segment(self._model, images, boxes, self._resolution):
+        pieces = inference.segment(self._model, images, boxes, self._resolution)
+        while True:
+            with self._turn:
+                piece = next(pieces, None)
+            if piece is None:
+                return found
+            k, which, instances = piece
             found[k] += _measured(instances, boxes[k][which])
-        return found
 
 
 def _measured(instances: boxinst.Instances, boxes: Tensor) -> Iterator[BoxMask]:

@@ -17,7 +17,7 @@ SCIENCE = {"torch", "torchvision", "numpy", "pycocotools", "safetensors", "PIL",
 """What ``boxinst`` may import besides the standard library."""
 STAGES = {f"pipelines.{name}" for name in ("shards", "train", "evaluate", "segment", "review", "feedback")}
 OWNERS = {
-    "ray": {f"pipelines.{n}" for n in ("cluster", "shards", "train", "train_loop", "evaluate", "segment")}
+    "ray": {f"pipelines.{n}" for n in ("cluster", "shards", "train", "train_loop", "evaluate", "segment", "records")}
     | {f"pipelines.{n}" for n in ("plan", "observe", "remote_jobs")},
     "mlflow": {"pipelines.registry", "pipelines.tracking", "pipelines.pyfunc_model"},
     "fiftyone": {"pipelines.review", "pipelines.feedback"},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,35 @@ def test_a_failing_box_fails_alone_and_an_empty_mask_says_so(shards: dict[str, s
             assert (mask is not None) == (wanted == "ok")
 
 
+class OneAtATime:
+    """A model that notices when two threads use it."""
+
+    def __init__(self) -> None:
+        self.inside = self.most = 0
+
+    def segment(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> list[Instances]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        found = []
+        for image, given in zip(images, boxes, strict=True):
+            masks = torch.ones(len(given), *image.shape[1:], dtype=torch.bool)
+            found.append(Instances(given, torch.ones(len(given)), torch.zeros(len(given)).long(), masks))
+        self.inside -= 1
+        return found
+
+
+def test_threads_take_turns_at_the_model(shards: dict[str, str]) -> None:
+    model = OneAtATime()
+    worker = Segmenter(lambda: model, Resolution(0, 1333), "stored")  # type: ignore[arg-type, return-value]
+    table = rows_of(shards["val"])
+    batches = [table.slice(k % len(table), 1) for k in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(worker, batches))
+    assert found == [worker(batch) for batch in batches]
+    assert model.most == 1
+
+
 def test_many_boxes_come_in_pieces_with_the_same_masks(
     shards: dict[str, str], tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +254,26 @@ def test_a_missing_image_or_box_is_never_published(unfinished: tuple[str, str, M
     with pytest.raises(RuntimeError, match="1 images have no masks, the first is 4"):
         maskrows.publish(out, shards, manifest, {"model": "m"})
     assert not storage.exists(f"{out}/manifest.json")
+
+
+def test_only_shards_with_work_left_are_read_again(tmp_path: Path) -> None:
+    shards, out, files = str(tmp_path / "shards"), str(tmp_path / "out"), []
+
+    def ids(path: str, *numbers: int) -> None:
+        table = pa.table({"image_id": pa.array(numbers, pa.int64())})
+        files.append(storage.write_parquet(path, [table], table.schema))
+
+    for name, numbers in {"a": (5, 3), "b": (9,), "c": (4, 8), "d": (6,)}.items():
+        ids(f"{shards}/{name}.parquet", *numbers)
+    manifest = Manifest("shards", [], files.copy(), {})
+    assert maskrows.unfinished(out, shards, manifest) == storage.shard_files(shards, manifest)
+    ids(f"{out}/checkpoint/w_1.parquet", 9, 5)
+    ids(f"{out}/checkpoint/w_2.parquet", 8, 4, 9)
+    ids(f"{out}/checkpoint/x_1.pending.parquet", 3)  # not recorded as complete
+    left = [Path(path).stem for path in maskrows.unfinished(out, shards, manifest)]
+    assert left == ["a", "d"]
+    ids(f"{out}/checkpoint/x_2.parquet", 3, 6)
+    assert maskrows.unfinished(out, shards, manifest) == []
 
 
 def test_coco_results_have_an_entry_for_every_box(unfinished: tuple[str, str, Manifest], tmp_path: Path) -> None:

@@ -35,6 +35,27 @@ def test_the_worst_come_first_and_what_has_no_mask_before_them(masks: tuple[str,
     assert chosen.total == 12
 
 
+def test_what_passes_batch_by_batch_is_chosen_from_all() -> None:
+    rng = np.random.default_rng(0)
+    ids, values = rng.permutation(5000), rng.integers(0, 50, 5000).astype(np.float32)  # many are equal
+    least = selection._Least(700)
+    for part in np.array_split(np.arange(5000), 13):
+        least.add(values[part], ids[part])
+        assert sum(len(kept) for _, kept in least._kept) <= 700
+    assert set(least.ids) == set(ids[np.lexsort((ids, values))[:700]])
+
+
+def test_lots_are_even_and_belong_to_the_id() -> None:
+    ids = np.arange(100_000)
+    for seed in (0, 1, 7):
+        lots = selection._lots(ids, seed)
+        assert np.array_equal(selection._lots(ids[::-1], seed), lots[::-1])
+        shares = np.bincount(lots >> np.uint64(61), minlength=8) / len(ids)
+        assert shares == pytest.approx(1 / 8, abs=0.005)
+    first, second = (np.argsort(selection._lots(ids, seed))[:1000] for seed in (0, 1))
+    assert len(np.intersect1d(first, second)) < 40  # 10 by chance
+
+
 def test_zero_takes_all(masks: tuple[str, Manifest]) -> None:
     chosen = selection.select(*masks, limit=0, audit=2, seed=0)
     assert len(chosen.ids) == 12
