@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from nodes import Nodes, wait_until
 from safetensors.torch import load_file
 
-from pipelines import maskrows, storage
+from pipelines import storage
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -289,7 +289,7 @@ def _joined(within: list[str], count: int) -> bool:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     manifest = storage.read_manifest(str(out), "masks")
-    return [row for batch in maskrows.read(str(out), manifest) for row in batch.to_pylist()]
+    return [row for table in storage.row_groups(str(out), manifest) for row in table.to_pylist()]
 
 
 def segment(out: Path, shards: dict[str, str], model: str) -> list[str]:
