@@ -1,6 +1,6 @@
 """Does `segment` get faster with every node? The same work for each node, on 1, 2 and 4 of them.
 
-    python tests/benchmarks/nodes.py
+    python tests/benchmarks/many_nodes.py
 
 The nodes are logical ones of Ray, all on this machine: each has its own scheduler and object store, 2 CPU slots and a
 slot for one worker; a further one, without a worker, stands for the driver's. In place of the network every worker
