@@ -20,13 +20,15 @@ def main(argv: Sequence[str]) -> int:
     from pipelines import segment, storage
 
     began, at_once = time.monotonic(), not storage.list_files(config.output)
-    manifest = segment.run(config)
+    used: dict[str, float] = {}
+    manifest = segment.run(config, report=used.update)
     n = manifest.counts
     print(f"boxes: {n['boxes']:,} = {n['ok']:,} with a mask + {n['empty']:,} empty + {n['errors']:,} errors")
     if config.coco:
         print(f"COCO results: {config.coco}")
     if at_once:
-        plan.compare("segment", config, Outcome(time.monotonic() - began, sum(f.bytes for f in manifest.files)))
+        written = sum(file.bytes for file in manifest.files)
+        plan.compare("segment", config, Outcome(time.monotonic() - began, written, used))
     made = f"masks for {cli.count(n['boxes'], 'box')} on {cli.count(n['images'], 'image')}"
     cli.close(made, config.output, then=f"boxinst review --masks {config.output} --shards {config.shards} --app")
     return 0

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if result.status == "finished" and not result.resumed_from:
         files = storage.list_files(result.model.rpartition("/")[0])
         kept = sum(file.size for name, file in files.items() if name.startswith("checkpoint_") and "/" in name)
-        plan.compare("train", config, Outcome(result.seconds, kept))
+        plan.compare("train", config, Outcome(result.seconds, kept, result.used))
     if result.best:
         print(f"The model of the best validation is kept in {result.best}.")
     model = result.version or result.model

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from typing import Any
 
 import ray
 import ray.data
@@ -143,6 +144,12 @@ def data_workers(asked: int, *, gpu: bool) -> int | None:
     if asked:
         return asked
     return None if gpu or elsewhere() else max(1, (os.cpu_count() or 1) // 4)
+
+
+def actor_here(kind: type) -> Any:
+    """Handle of an actor on the driver's node: its run then survives the loss of any other node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
 
 
 def remove_secrets() -> None:

@@ -1,10 +1,10 @@
-"""What the processes of one training run tell each other. Imports nothing heavy, as it runs in a process of its own."""
+"""What the processes of one run tell each other. Imports nothing heavy, as it runs in a process of its own."""
 
 from __future__ import annotations
 
 
 class Control:
-    """A Ray actor that the driver, the training workers and the data tasks of a run all know."""
+    """A Ray actor that the driver, the workers and the data tasks of a run all know. Most of it is for training."""
 
     def __init__(self) -> None:
         self._start, self._stop = 0, False
@@ -12,6 +12,7 @@ class Control:
         self._warnings: dict[str, str] = {}
         self._failure: tuple[str, str, str] | None = None
         self._notes: list[str] = []
+        self._used: dict[str, dict[str, float]] = {}
 
     def resume_at(self, step: int) -> None:
         """By rank 0, before the first batch: the step that the data must begin at."""
@@ -60,3 +61,11 @@ class Control:
     def failure(self) -> tuple[str, str, str] | None:
         """See ``fail``."""
         return self._failure
+
+    def use(self, worker: str, used: dict[str, float]) -> None:
+        """By a worker, again and again: what it has used up to now; see ``observe.used``."""
+        self._used[worker] = used
+
+    def used(self) -> list[dict[str, float]]:
+        """See ``use``; of each worker that there was."""
+        return list(self._used.values())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,11 @@ class Forecast:
         return min(self.supply, self.demand)
 
     @property
+    def data_wait(self) -> float:
+        """Share of its time that a worker waits for data."""
+        return max(0.0, 1 - self.supply / self.demand)
+
+    @property
     def bottleneck(self) -> str:
         """What a run would have to be given more of to be faster."""
         trial = self.trial
@@ -193,6 +197,8 @@ class Outcome:
     """All of the command, start included."""
     output_bytes: int
     """Of the mask rows, or of the checkpoints kept."""
+    used: Mapping[str, float] = field(default_factory=dict)
+    """By the workers; see ``observe.used``."""
 
 
 def find(command: str, config: Any) -> Forecast | None:
@@ -207,20 +213,29 @@ def find(command: str, config: Any) -> Forecast | None:
 def compare(planned: Forecast, outcome: Outcome) -> str:
     """A table: what was planned, what came of it, and the ratio of the two."""
     seconds = planned.seconds + planned.trial.start_seconds
-    rows = [
+    rows: list[tuple[str, float, float, Callable[[float], str]]] = [
         ("hours", seconds / 3600, outcome.seconds / 3600, "{:.3f}".format),
         ("images/s", planned.work.images / seconds, planned.work.images / outcome.seconds, "{:.2f}".format),
         ("storage", planned.output_bytes, outcome.output_bytes, size),
     ]
+    for name, key, plan in (
+        ("memory", "memory", planned.trial.memory_bytes),
+        ("GPU memory", "gpu_memory", planned.trial.gpu_bytes),
+    ):
+        if key in outcome.used:
+            rows.append((name, plan, outcome.used[key] * 1e9, size))
+    if "data_wait" in outcome.used:
+        rows.append(("data wait", planned.data_wait, outcome.used["data_wait"], "{:.0%}".format))
     if planned.price:
         ratio = outcome.seconds / seconds
         rows.append(("money", planned.money, planned.money * ratio, "{:,.2f}".format))
     head = f"  {'start included':16}{'planned':>12}{'came to':>12}{'ratio':>8}"
-    lines = [
-        f"  {name:16}{show(plan):>12}{show(real):>12}{real / plan if plan else math.nan:>8.2f}"
-        for name, plan, real, show in rows
-    ]
+    lines = [f"  {name:16}{show(plan):>12}{show(real):>12}{_ratio(real, plan):>8}" for name, plan, real, show in rows]
     return "\n".join([head, *lines])
+
+
+def _ratio(real: float, planned: float) -> str:
+    return f"{real / planned:.2f}" if planned else "-"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -37,6 +37,7 @@ class Journal:
         """The entries' pairwise term since the end of its warm-up."""
         self.warnings: dict[str, str] = {}
         """Those that hold at present, by kind."""
+        self._waited_in_all = self._trained_in_all = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -98,8 +99,11 @@ class Journal:
             "learning_rate": learning_rate,
             "images_per_second": images * self.ranks / seconds,
             "data_wait": self._waited / seconds,
-            **observe.gpu_memory(),
+            **observe.memory(),
         }
+        self._waited_in_all += self._waited
+        self._trained_in_all += seconds
+        observe.use(self.control, data_wait=self._waited_in_all / self._trained_in_all)
         if self._batches[0][0] >= self.config.loss.warmup_steps:
             self.pairwise.append(values.get("pairwise", 0) + values.get("detect_pairwise", 0))
         self._reset()

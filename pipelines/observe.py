@@ -6,12 +6,15 @@ Ray serves the figures on every node and adds ``ray_`` to their names; see docs/
 from __future__ import annotations
 
 import functools
+import os
+import resource
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -27,6 +30,12 @@ COUNTED = {
 }
 """Counters, each with the tag ``command``."""
 
+HELD = {
+    "memory": "Most memory that a worker has held, in GB.",
+    "gpu_memory": "Most GPU memory that a worker has held, in GB.",
+}
+"""Gauges, each with the tag ``command`` and ``_gb`` after its name."""
+
 STEP_BUCKETS = [0.01 * 2**k for k in range(14)]
 """Upper bounds of the histogram of step times in seconds: 10 ms to 82 s."""
 
@@ -39,8 +48,8 @@ def count(command: str, **amounts: float) -> None:
     for name, amount in amounts.items():
         if amount > 0:
             _counter(name).inc(amount, {"command": command})
-    if memory := gpu_memory():
-        _gpu_gauge().set(memory["gpu_memory"], {"command": command})
+    for name, gigabytes in memory().items():
+        _gauge(name).set(gigabytes, {"command": command})
 
 
 def steps(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -58,12 +67,25 @@ def steps(batches: Iterator[Batch]) -> Iterator[Batch]:
         _step_seconds().observe(asked - arrived)
 
 
-def gpu_memory() -> dict[str, float]:
-    """``{"gpu_memory": GB}``, the most that this process has held on its GPU; empty where it uses none."""
+def memory() -> dict[str, float]:
+    """``{"memory": GB, "gpu_memory": GB}``, the most that this process has held; the latter where it uses a GPU."""
+    held = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     torch = sys.modules.get("torch")  # a process that has not loaded it has no use for a GPU
-    if torch is None or not torch.cuda.is_initialized():
-        return {}
-    return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9}
+    if torch is not None and torch.cuda.is_initialized():
+        held["gpu_memory"] = torch.cuda.max_memory_allocated() / 1e9
+    return held
+
+
+def use(control: Any, **shares: float) -> None:
+    """Tell the run's Control actor what this worker has used: its memory, and what is given. Waits for nothing."""
+    control.use.remote(f"{socket.gethostname()} {os.getpid()}", memory() | shares)
+
+
+def used(workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The most memory in GB that a worker of a run has used, and the mean of its other figures; by the same names."""
+    names = {name for worker in workers for name in worker}
+    figures = {name: [worker[name] for worker in workers if name in worker] for name in names}
+    return {k: max(v) if k.endswith("memory") else sum(v) / len(v) for k, v in figures.items()}
 
 
 @functools.cache
@@ -72,8 +94,8 @@ def _counter(name: str) -> Counter:
 
 
 @functools.cache
-def _gpu_gauge() -> Gauge:
-    return Gauge("boxinst_gpu_memory_gb", "Most GPU memory that a worker has held, in GB.", ("command",))
+def _gauge(name: str) -> Gauge:
+    return Gauge(f"boxinst_{name}_gb", HELD[name], ("command",))
 
 
 @functools.cache

@@ -18,12 +18,18 @@ from boxinst.condinst import CondInst
 from boxinst.errors import InputError
 from pipelines import claims, cluster, inference, maskrows, observe, registry, storage
 from pipelines.config import Resolution, SegmentConfig
+from pipelines.control import Control
 from pipelines.records import Records
 from pipelines.schema import Manifest
 from pipelines.segmenter import COLUMNS, Segmenter
 
 
-def run(config: SegmentConfig, *, load: Callable[..., CondInst] = inference.unpack) -> Manifest:
+def run(
+    config: SegmentConfig,
+    *,
+    load: Callable[..., CondInst] = inference.unpack,
+    report: Callable[[dict[str, float]], None] = lambda used: None,
+) -> Manifest:
     """Write one mask row for every box of the shards, and the manifest last.
 
     A killed run goes on where it was when it is started again; a finished one is left as it is.
@@ -31,6 +37,7 @@ def run(config: SegmentConfig, *, load: Callable[..., CondInst] = inference.unpa
     Args:
         config: what to segment, by which model.
         load: gives a worker the model, as ``inference.unpack`` does. Measurements of all but the network give another.
+        report: is told what the workers have used, once they have worked; see ``observe.used``.
 
     Returns:
         The manifest. Its counts: images, boxes, and of these ok, empty and errors.
@@ -40,10 +47,15 @@ def run(config: SegmentConfig, *, load: Callable[..., CondInst] = inference.unpa
     """
     storage.check(config.shards, config.output, config.coco, config.model)
     with claims.held(config.output, "--out") as claim:
-        return _run(config, claim, load)
+        return _run(config, claim, load, report)
 
 
-def _run(config: SegmentConfig, claim: claims.Claim, load: Callable[..., CondInst]) -> Manifest:
+def _run(
+    config: SegmentConfig,
+    claim: claims.Claim,
+    load: Callable[..., CondInst],
+    report: Callable[[dict[str, float]], None],
+) -> Manifest:
     """See ``run``; the output is claimed."""
     out = config.output
     shards = storage.read_manifest(config.shards, "shards")
@@ -68,7 +80,7 @@ def _run(config: SegmentConfig, claim: claims.Claim, load: Callable[..., CondIns
         maskrows.drop_parts(out)  # a run that was killed at the very end leaves them
     else:
         with storage.explained(out):
-            _segment_images(config, shards, folder, load)
+            report(_segment_images(config, shards, folder, load))
             claim.check()
             manifest = maskrows.publish(out, config.shards, shards, source)
     if config.coco:
@@ -91,17 +103,24 @@ def _refuse_other(out: str, source: dict[str, Any], overwrite: bool) -> None:
         raise InputError("--out", f"{out} was begun with {was}", "Give another folder, or `--overwrite`.")
 
 
-def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load: Callable[..., CondInst]) -> None:
-    """Run the model over every image that has no part yet. The rows stay one per image, so none is half written."""
+def _segment_images(
+    config: SegmentConfig, shards: Manifest, folder: Path, load: Callable[..., CondInst]
+) -> dict[str, float]:
+    """Run the model over every image that has no part yet. The rows stay one per image, so none is half written.
+
+    Returns:
+        What the workers have used, empty where there was no work; see ``observe.used``.
+    """
     files = maskrows.unfinished(config.output, config.shards, shards)
     if not files:
-        return
+        return {}
     cluster.start()
     cluster.check(config.workers, 1, int(config.gpu))
     slots = int(ray.cluster_resources()["CPU"])
     if slots < config.workers + 2:
         # One to read and write, and one that leaves out the images already done when a run goes on.
         raise InputError("--workers", f"{config.workers}; the cluster has {slots} CPU", f"Give at most {slots - 2}.")
+    control = cluster.actor_here(Control)
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = _checkpoints(config.output)
     try:
@@ -118,7 +137,7 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load:
                 ),
                 "resolution": Resolution(config.short_side, config.max_side),
                 "exif": shards.exif,
-                "count": functools.partial(observe.count, "segment"),
+                "count": functools.partial(_count, control),
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",
@@ -135,8 +154,15 @@ def _segment_images(config: SegmentConfig, shards: Manifest, folder: Path, load:
             "segment", lambda: len(storage.list_files(written)) * config.checkpoint_images, shards.counts["images"]
         ):
             masks.write_parquet(path, filesystem=fs)
+        return observe.used(ray.get(control.used.remote()))
     finally:
         context.checkpoint_config = None
+
+
+def _count(control: Any, **amounts: float) -> None:
+    """What a worker does when it has done a batch."""
+    observe.count("segment", **amounts)
+    observe.use(control)
 
 
 def _checkpoints(out: str) -> CheckpointConfig:

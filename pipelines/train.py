@@ -20,14 +20,13 @@ import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import boxinst
 from boxinst.config import ModelConfig
 from boxinst.errors import InputError
 from boxinst.tensors import load_strict
-from pipelines import best, checkpoint, claims, cluster, inference, registry, settings, storage, tracking
+from pipelines import best, checkpoint, claims, cluster, inference, observe, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
 from pipelines.feed import Augment, ShardIndex, Stream
@@ -64,6 +63,8 @@ class TrainResult:
     """Folder of the model that did best at a validation, which may be an earlier one; empty without a validation."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong at its end, and which option to change."""
+    used: dict[str, float] = field(default_factory=dict)
+    """By this command's workers: ``memory`` and ``gpu_memory``, the most of one in GB; ``data_wait``, mean share."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -98,9 +99,7 @@ def _run(config: TrainConfig, folder: str, claim: claims.Claim) -> TrainResult:
     print(f"MLflow run: {tracker.address}", file=sys.stderr)
     record = {"config": asdict(config), "shards": index.manifest.hash, "run_id": tracker.run_id}
     storage.write_bytes(storage.join(folder, RECORD), json.dumps(record, indent=2).encode())
-    # On the driver's node, as Ray's own controller of the training: the run then survives the loss of any other.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    control = ray.remote(num_cpus=0, scheduling_strategy=here)(Control).remote()
+    control = cluster.actor_here(Control)
     job = Job(config, index.manifest.hash, val, init, tracker.run_id, tracker.tracking_uri, control)
     try:
         fitted = _follow(_trainer(job, index), control, config, claim)
@@ -417,6 +416,7 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
         version=version,
         best=storage.join(folder, finest["folder"]) if finest else "",
         warnings=list(journal.get("warnings", {}).values()),
+        used=observe.used(ray.get(control.used.remote())),
     )
     if finished:
         storage.write_bytes(storage.join(folder, RESULT), json.dumps(asdict(result), indent=2).encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from boxinst.config import LossConfig
@@ -22,7 +23,9 @@ class Recorder:
         self.entries: dict[int, dict[str, float]] = {}
         self.tags: list[str] = []
         self.warned: list[dict[str, str]] = []
+        self.told: list[dict[str, float]] = []
         self.show, self.warn = Remote(lambda *_: None), Remote(self.warned.append)
+        self.use = Remote(lambda _, used: self.told.append(used))
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.entries[step] = values
@@ -62,6 +65,9 @@ def test_entries_are_means_since_the_last_one() -> None:
     assert recorder.entries[3]["train/learning_rate"] == 0.5
     assert recorder.entries[3]["train/images_per_second"] > 0
     assert 0 <= recorder.entries[2]["train/data_wait"] < 1
+    waits = [entry["train/data_wait"] for entry in recorder.entries.values()]
+    assert min(waits) <= recorder.told[-1]["data_wait"] <= max(waits), "of the whole run"
+    assert recorder.told[-1]["memory"] == pytest.approx(recorder.entries[3]["train/memory"], rel=0.1)
 
 
 def test_the_first_broken_step_is_found_with_its_images() -> None:
@@ -107,8 +113,11 @@ def test_a_warning_holds_as_long_as_its_reason() -> None:
 
 
 def test_other_ranks_write_nothing() -> None:
-    book = Journal(replace(CONFIG, log_every=1), None, None, None)
+    recorder = Recorder()
+    book = Journal(replace(CONFIG, log_every=1), None, recorder, None)
     step(book, 10, 1.0, pairwise=0.1)
     book.write(10, 0.5)
     book.validated(10, {"fill_over_95": 0.9})
     assert (book.warnings, len(book.pairwise)) == ({}, 1)
+    assert (recorder.entries, recorder.tags, recorder.warned) == ({}, [], [])
+    assert len(recorder.told) == 1, "what it has used counts too"

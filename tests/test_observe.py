@@ -40,6 +40,12 @@ def grown(before: dict[tuple[str, str], float], wanted: dict[tuple[str, str], fl
         time.sleep(0.5)
 
 
+def test_what_workers_have_used_is_the_most_memory_and_the_mean_of_their_waits() -> None:
+    workers = [{"memory": 1.0, "data_wait": 0.2}, {"memory": 3.0, "gpu_memory": 2.0, "data_wait": 0.4}]
+    assert observe.used(workers) == pytest.approx({"memory": 3.0, "gpu_memory": 2.0, "data_wait": 0.3})
+    assert observe.used([]) == {}
+
+
 def test_the_node_serves_what_the_workers_count(ray_session: None, corpus: SyntheticCorpus, tmp_path: Path) -> None:
     from pipelines.shards import ShardConfig, run
 
@@ -57,6 +63,7 @@ def test_the_node_serves_what_the_workers_count(ray_session: None, corpus: Synth
         ("step_seconds_count", ""): 2,
     }
     assert grown(before, wanted) == wanted
+    assert 0.05 < served()["memory_gb", "train"] < 50
 
 
 def test_progress_is_told_where_no_bar_is_shown(

@@ -65,6 +65,8 @@ def test_training_gets_its_images_from_other_processes() -> None:
     assert shared.rate == pytest.approx(1 / (0.08 + 0.02 / 4)), "they take a fourth of the worker's four cores"
     slow = Forecast("train", work, replace(TRIED, decode_seconds=0.19), 0)
     assert slow.rate == pytest.approx(2 / 2 / (0.01 + 0.19)), "the worker waits for them"
+    assert slow.data_wait == pytest.approx(1 - 0.08 / 0.2)
+    assert Forecast("train", work, TRIED, 0).data_wait == 0
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,17 @@ def test_a_plan_is_found_by_the_same_command_alone(home: Path) -> None:
 def test_the_comparison_gives_ratios() -> None:
     planned = Forecast("segment", WORK, TRIED, 3)
     expected = planned.seconds + TRIED.start_seconds
-    lines = forecast.compare(planned, Outcome(expected * 2, output_bytes=2_000_000)).splitlines()
-    ratios = {line.split()[0]: line.split()[-1] for line in lines[1:]}
-    assert ratios == {"hours": "2.00", "images/s": "0.50", "storage": "0.50", "money": "2.00"}
+    outcome = Outcome(expected * 2, output_bytes=2_000_000, used={"memory": 1.5, "data_wait": 0.25})
+    lines = forecast.compare(planned, outcome).splitlines()
+    ratios = {line[:14].strip(): line.split()[-1] for line in lines[1:]}
+    assert ratios == {
+        "hours": "2.00",
+        "images/s": "0.50",
+        "storage": "0.50",
+        "memory": "1.50",
+        "data wait": "-",  # none was expected
+        "money": "2.00",
+    }
 
 
 def test_a_sample_is_read_as_the_store_would_be_asked(shards: dict[str, str]) -> None:
@@ -150,6 +160,7 @@ def test_a_segmentation_is_planned_run_and_compared(
     assert "Planned, and what came of it" in came_to
     ratio = float(re.search(r"storage .* (\S+)\n", came_to)[1])  # type: ignore[index]
     assert 0.2 < ratio < 5, "a few thousand bytes, of which a file's directory is a part"
+    assert 0.3 < float(re.search(r"memory .* (\S+)\n", came_to)[1]) < 3  # type: ignore[index]
     assert kept.is_file()
     cli.main(words)
     assert "Planned" not in capsys.readouterr().out, "nothing was done this time"
@@ -196,6 +207,7 @@ def test_a_training_shows_what_came_of_its_plan(
     came_to = capsys.readouterr()
     assert "Planned, and what came of it" in came_to.out
     assert 0.9 < float(re.search(r"storage .* (\S+)\n", came_to.out)[1]) < 1.2  # type: ignore[index]
+    assert re.search(r"^  data wait  .*%", came_to.out, re.MULTILINE)
     assert "MLflow run: " in came_to.err
 
 

@@ -134,9 +134,12 @@ def test_mlflow_holds_all_that_makes_the_run_repeatable(
         "learning_rate",
         "images_per_second",
         "data_wait",
+        "memory",
     ):
         assert steps_of(f"train/{term}") == [2, 4, STEPS], term
     assert 0 <= kept.data.metrics["train/data_wait"] <= 1
+    assert 0 <= whole.used["data_wait"] <= 1
+    assert 0.1 < whole.used["memory"] < 10, "GB"
     for name in ("mask_iou", "mask_ap", "box_iou", "spill", "fill_over_95", "fill_under_05"):
         assert steps_of(f"val/{name}") == [3, STEPS], name
         assert whole.metrics[name] == kept.data.metrics[f"val/{name}"]
