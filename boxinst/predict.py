@@ -39,6 +39,9 @@ OUTSIDE = -30.0
 _LEAST = torch.finfo(torch.float64).tiny
 """Probability whose logarithm is still finite."""
 
+CERTAIN, DOUBTFUL = 0.5, 0.1
+"""Bounds on the probability from which on a pixel belongs to the mask of a given box; see ``reaching``."""
+
 _CELLS_AT_ONCE = 2**21
 """Bound on instances × mask cells handled at once: about 130 MB of features at 16 channels."""
 
@@ -58,10 +61,9 @@ def segment(
 ) -> list[Instances]:
     """One mask for every given box, in the order given.
 
-    A mask never leaves its box. Its pixels are those with a probability of at least ½, or of at least half the box's
-    highest where that is lower: a doubtful object so gets a small mask with a low score rather than none. Where the
-    model's config has ``views``, probabilities are means over the mirrored images.
-    The score is the mean probability over the mask times the ``outline_contrast`` of the mask.
+    A mask never leaves its box, and reaches all four of its sides where it can; see ``reaching``. Where the model's
+    config has ``views``, probabilities are means over the mirrored images.
+    The score is the IoU that the probabilities promise the mask, times the ``outline_contrast`` of the mask.
 
     Args:
         model: a network with the prompt head.
@@ -372,9 +374,9 @@ def prompt_masks(
                 own.copy_((own + sum(view[p] for view in views)) / (1 + len(views)))
             fine = torch.logit(probability, eps=1e-7)
         probability = probability * inside
-        threshold = (probability.amax((1, 2)) / 2).clamp(max=0.5)
-        chosen = (probability >= threshold[:, None, None]) & inside
-        score = (probability * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
+        chosen = (probability >= reaching(probability, inside)[:, None, None]) & inside
+        overlap = (probability * chosen).sum((1, 2))
+        score = overlap / (chosen.sum((1, 2)) + probability.sum((1, 2)) - overlap).clamp(min=_LEAST)
         score = score * outline_contrast(chosen, similarity, corners, (height, width))
         scores[who.cpu()] = score.cpu()
         for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
@@ -384,6 +386,32 @@ def prompt_masks(
             if raw is not None:
                 raw[region] = fine[k][size].cpu()
     return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
+
+
+def reaching(probability: Tensor, inside: Tensor) -> Tensor:
+    """The least probability of a mask's pixels with which it touches all four sides of its box, between bounds.
+
+    A box is drawn around its object, so a mask that stays away from a side has lost the part that reached there. The
+    projection loss says so in training (arXiv 2012.02310, eq. 2); this says it of the mask that is kept. A mask that
+    reaches its box anyway has the pixels from ``CERTAIN`` on. At the other end a box that is drawn too large must not
+    blow its mask up, so that it stops at ``DOUBTFUL``; and an object of which the network is unsure in all of its box
+    has the pixels from half its highest probability on: a small mask with a low score rather than none.
+
+    Args:
+        probability: [m, rows, columns], 0 outside the boxes.
+        inside: [m, rows, columns] bool, the pixels of each box.
+
+    Returns:
+        [m].
+    """
+    sides = []
+    for axis in (1, 2):
+        lines = inside.any(3 - axis).byte()  # [m, n], the rows or columns of the box
+        best = probability.amax(3 - axis)
+        for end in (lines.argmax(1), lines.shape[1] - 1 - lines.flip(1).argmax(1)):
+            sides.append(best.gather(1, end[:, None])[:, 0])
+    least = torch.stack(sides).amin(0).clamp(DOUBTFUL, CERTAIN)
+    return torch.minimum(least, probability.amax((1, 2)) / 2)
 
 
 def _blank_masks(count: int, height: int, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from boxinst import predict
 from boxinst.condinst import CondInst
 from boxinst.config import ModelConfig
 from boxinst.losses import color_similarity
-from boxinst.predict import MIRRORS, mirror_boxes, outline_contrast, segment
+from boxinst.predict import MIRRORS, mirror_boxes, outline_contrast, reaching, segment
 
 SLIM = {"backbone": "resnet18", "width": 8, "fpn_channels": 16, "mask_branch_channels": 8, "mask_branch_layers": 1}
 WHOLE = torch.zeros(1, 2, dtype=torch.long)
@@ -71,6 +71,42 @@ def test_an_outline_on_the_objects_border_scores_best() -> None:
     assert float(got[2]) < 0.01
 
 
+def least_of(probability: Tensor, box: tuple[int, int, int, int]) -> float:
+    """``reaching`` from its definition: lower and lower, until the mask touches all sides."""
+    x0, y0, x1, y1 = box
+    part = probability[y0:y1, x0:x1].double()
+    for least in torch.arange(predict.CERTAIN, predict.DOUBTFUL, -0.001, dtype=torch.float64).tolist():
+        mask = part >= least
+        if bool(mask[0].any() and mask[-1].any() and mask[:, 0].any() and mask[:, -1].any()):
+            break
+    return min(least, float(part.max()) / 2)
+
+
+def test_a_mask_is_as_sure_as_it_can_be_while_it_touches_all_sides_of_its_box() -> None:
+    g = torch.Generator().manual_seed(0)
+    probability, inside = torch.rand(40, 9, 11, generator=g) ** 3, torch.zeros(40, 9, 11, dtype=torch.bool)
+    probability[30:] *= 0.3  # doubtful
+    boxes = []
+    for k in range(40):
+        (x0, x1), (y0, y1) = (torch.randperm(size, generator=g)[:2].sort().values.tolist() for size in (11, 9))
+        boxes.append((x0, y0, x1 + 1, y1 + 1))
+        inside[k, y0 : y1 + 1, x0 : x1 + 1] = True
+    got = reaching(probability * inside, inside)
+    want = torch.tensor([least_of(p, box) for p, box in zip(probability, boxes, strict=True)])
+    torch.testing.assert_close(got, want, atol=0.0011, rtol=0)
+    assert len(got.unique()) > 20
+
+
+def test_a_box_that_is_too_large_does_not_blow_its_mask_up() -> None:
+    probability, inside = torch.zeros(1, 20, 20), torch.ones(1, 20, 20, dtype=torch.bool)
+    probability[:, 5:15, 5:15], probability[:, 4, 5:15] = 0.9, 0.05
+    assert float(reaching(probability, inside)) == pytest.approx(predict.DOUBTFUL)
+    probability[:] = 0.04
+    assert float(reaching(probability, inside)) == pytest.approx(0.02), "something rather than nothing"
+    nothing = torch.zeros_like(inside)
+    assert reaching(probability * nothing, nothing).isfinite().all(), "a box that has no pixel"
+
+
 @pytest.mark.parametrize("axes", [(2,), (1,), (1, 2)])
 def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -90,7 +126,7 @@ def test_four_views_see_a_mirrored_image_alike(axes: tuple[int, ...]) -> None:
     known = torch.tensor([0, 1, 2, 4])  # the one outside has no mask, and its score no meaning
     torch.testing.assert_close(turned.scores[known], plain.scores[known], rtol=1e-4, atol=1e-5)
     same = (turned.masks.flip(axes) == plain.masks)[known].float().mean()
-    assert float(same) > 0.9999, "but for probabilities of exactly a half"
+    assert float(same) > 0.9999, "but for probabilities at the threshold itself"
     single = CondInst(replace(model.config, views=1)).eval()
     single.load_state_dict(model.state_dict())
     assert not torch.equal(segment(single, images, boxes)[0].scores, plain.scores)
@@ -139,6 +175,20 @@ def test_boxes_some_at_a_time_give_what_all_at_once_give(
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert y0 - 1 <= int(rows[0]) <= int(rows[-1]) <= y1
         assert x0 - 1 <= int(columns[0]) <= int(columns[-1]) <= x1
+
+
+def test_the_score_is_the_iou_that_the_probabilities_promise(model: CondInst, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "outline_contrast", lambda masks, *_: torch.ones(len(masks)))
+    image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[8.0, 8, 40, 50], [60, 20, 90, 30]])
+    (found,) = model.segment([image], [boxes], logits=True)
+    assert found.mask_logits is not None
+    for k, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
+        probability = found.mask_logits[k, y0:y1, x0:x1].double().sigmoid()
+        mask = found.masks[k, y0:y1, x0:x1].double()
+        promised = (probability * mask).sum() / (probability + mask - probability * mask).sum()
+        assert float(found.scores[k]) == pytest.approx(float(promised), rel=1e-4)
+        assert 0 < mask.sum() == found.masks[k].sum()
 
 
 def test_given_boxes_leave_the_dense_head_out() -> None:
