@@ -118,12 +118,13 @@ def test_the_driver_of_a_training_is_killed(
 ) -> None:
     words = train("driver", shards)
     with nodes.command(*words, home=home, address=cluster.address, log=home / "log") as command:
-        at = wait_until(lambda: checkpointed(home, "driver"), "a checkpoint")
+        wait_until((home / "runs" / "driver.claim").exists, "the run's claim")
         with nodes.command(*words, home=home, address=cluster.address, log=home / "second") as second:
             assert second.wait(nodes.LIMIT) == 2
         said = (home / "second").read_text()
         assert "boxinst train: --name: " in said
         assert f"is being written by process {command.pid}" in said
+        at = wait_until(lambda: checkpointed(home, "driver"), "a checkpoint")
         nodes.kill_all(command)
     assert not (home / "runs" / "driver" / "result.json").exists()
     wait_until(lambda: not cluster.processes("RayTrainWorker"), "the end of the workers")
