@@ -203,6 +203,7 @@ def test_a_training_shows_what_came_of_its_plan(
         "planned",
     ]
     cli.main(["plan", "--images", "4", "--seconds", "0", *words])
+    capsys.readouterr()
     assert cli.main(words) == 0
     came_to = capsys.readouterr()
     assert "Planned, and what came of it" in came_to.out
