@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +49,15 @@ def threads(workers: int) -> int:
     return 0 if os.environ.get("RAY_ADDRESS") else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
+class Prompted(Protocol):
+    """What can give a mask for every given box, as a ``CondInst`` does."""
+
+    def segment(self, images: list[Tensor], boxes: list[Tensor]) -> list[Instances]:
+        """See ``boxinst.predict.segment``."""
+
+
 def segment(
-    model: CondInst, images: Sequence[Tensor], boxes: Sequence[Tensor], resolution: Resolution
+    model: Prompted, images: Sequence[Tensor], boxes: Sequence[Tensor], resolution: Resolution
 ) -> Iterator[tuple[int, slice, Instances]]:
     """One mask for every given box.
 

@@ -45,8 +45,7 @@ class Segmenter:
         exif: Literal["stored", "applied"],
         count: Callable[..., None] | None = None,
     ) -> None:
-        self._model, self._resolution, self._exif, self._count = load(), resolution, exif, count
-        self._turn = threading.Lock()
+        self._model, self._resolution, self._exif, self._count = _InTurn(load()), resolution, exif, count
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Shard rows to one row per image. What fails becomes the status of its boxes, and nothing else fails."""
@@ -84,14 +83,20 @@ class Segmenter:
     def _together(self, samples: Sequence[tuple[Tensor, Tensor]]) -> list[list[BoxMask]]:
         found: list[list[BoxMask]] = [[] for _ in samples]
         images, boxes = [image for image, _ in samples], [given for _, given in samples]
-        pieces = inference.segment(self._model, images, boxes, self._resolution)
-        while True:
-            with self._turn:
-                piece = next(pieces, None)
-            if piece is None:
-                return found
-            k, which, instances = piece
+        for k, which, instances in inference.segment(self._model, images, boxes, self._resolution):
             found[k] += _measured(instances, boxes[k][which])
+        return found
+
+
+class _InTurn:
+    """A model that one thread at a time may use, and no longer than it is at work."""
+
+    def __init__(self, model: inference.Prompted) -> None:
+        self._model, self._turn = model, threading.Lock()
+
+    def segment(self, images: list[Tensor], boxes: list[Tensor]) -> list[boxinst.Instances]:
+        with self._turn:
+            return self._model.segment(images, boxes)
 
 
 def _measured(instances: boxinst.Instances, boxes: Tensor) -> Iterator[BoxMask]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -155,6 +156,38 @@ def test_threads_take_turns_at_the_model(shards: dict[str, str]) -> None:
         found = list(pool.map(worker, batches))
     assert found == [worker(batch) for batch in batches]
     assert model.most == 1
+
+
+class FirstWaitedFor(Fragile):
+    """Its second call ends when the results of the first one are done."""
+
+    def __init__(self) -> None:
+        super().__init__(fails=-1, empty=-1)
+        self.first_done, self.in_time, self.calls = threading.Event(), False, 0
+
+    def segment(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> list[Instances]:
+        self.calls += 1
+        if self.calls == 2:
+            self.in_time = self.first_done.wait(20)
+        return super().segment(images, boxes)
+
+
+def test_what_the_model_has_given_is_worked_on_while_another_thread_has_the_model(shards: dict[str, str]) -> None:
+    model = FirstWaitedFor()
+    worker = Segmenter(lambda: model, Resolution(0, 1333), "stored")  # type: ignore[arg-type, return-value]
+    table = rows_of(shards["val"])
+
+    def work(number: int) -> None:
+        if number:
+            while not model.calls:
+                time.sleep(0.001)
+        worker(table.slice(0, 2))
+        if not number:
+            model.first_done.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert model.in_time
 
 
 def test_many_boxes_come_in_pieces_with_the_same_masks(
