@@ -70,7 +70,7 @@ def main() -> None:
     host, port = server.get_host_and_port()
     os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
     os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none-at-all"}
-    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="b")
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bench")
     counted = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -78,8 +78,10 @@ def main() -> None:
         for shards in args.shards:
             local = stand_in.write_shards(root / f"{shards}", shards * IMAGES, per_shard=IMAGES, side=32, boxes=2)
             for file in Path(local).iterdir():
-                storage.write_bytes(f"s3://b/{shards}/shards/{file.name}", file.read_bytes())
-            config = SegmentConfig(model, f"s3://b/{shards}/shards", f"s3://b/{shards}/out", checkpoint_images=IMAGES)
+                storage.write_bytes(f"s3://bench/{shards}/shards/{file.name}", file.read_bytes())
+            config = SegmentConfig(
+                model, f"s3://bench/{shards}/shards", f"s3://bench/{shards}/out", checkpoint_images=IMAGES
+            )
             requests = Requests()
             log.handlers = [requests]
             run(config, load=stand_in.fixed_time(0, root / "log"))
