@@ -96,7 +96,7 @@ def unfinished(out: str, shards_uri: str, shards: Manifest) -> list[str]:
 
 def done(path: str, fs: pafs.FileSystem) -> np.ndarray:
     """Ids of the images whose parts are complete, by the records in a folder: int64, sorted, each once."""
-    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    found = patiently(lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
     records = [info.path for info in found if info.type == pafs.FileType.File and not info.path.endswith(_PENDING)]
     return np.unique(np.concatenate([np.empty(0, np.int64), *_ids(records, fs)]))
 
@@ -214,7 +214,9 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(_READERS) as pool:
         load = functools.lru_cache(maxsize=_PARTS_IN_MEMORY)(lambda k: pool.submit(read, k))
         for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
-            for k in dict.fromkeys(part[rows[start : start + _IMAGES_AHEAD]].tolist()):
+            ahead = dict.fromkeys(part[rows[start : start + _IMAGES_AHEAD]].tolist())
+            # Not all, where parts are small: they would push each other out of memory, and be read again.
+            for k in itertools.islice(ahead, _PARTS_IN_MEMORY // 2):
                 load(k)
             wanted = rows[start : start + _IMAGES_AT_ONCE]
             pieces, rank = [], []

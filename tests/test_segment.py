@@ -260,6 +260,30 @@ def unfinished(tmp_path: Path) -> tuple[str, str, Manifest]:
     return shards, out, manifest
 
 
+def test_small_parts_are_read_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 3 * maskrows._PARTS_IN_MEMORY
+    shards, out = str(tmp_path / "shards"), str(tmp_path / "out")
+    table = pa.table({"image_id": pa.array(range(count), pa.int64())})
+    file = storage.write_parquet(f"{shards}/s.parquet", [table], table.schema)
+    for k in range(count):
+        one = pa.Table.from_pylist([part(k, [OK])], schema=maskrows.PART_SCHEMA)
+        storage.write_parquet(f"{out}/parts/{k:04d}.parquet", [one], maskrows.PART_SCHEMA)
+        storage.write_bytes(f"{out}/checkpoint/{k:04d}.parquet", b"")
+    whole: list[str] = []
+    read = pq.read_table
+
+    def counted(path: str, **options: Any) -> pa.Table:
+        if "columns" not in options:
+            whole.append(path)
+        return read(path, **options)
+
+    monkeypatch.setattr(maskrows.pq, "read_table", counted)
+    monkeypatch.setattr(maskrows, "_IMAGES_AT_ONCE", 8)
+    manifest = Manifest("shards", [Category(1, "a"), Category(2, "b")], [file], {"images": count, "boxes": count}, {})
+    assert maskrows.publish(out, shards, manifest, {"model": "m"}).counts["ok"] == count
+    assert len(whole) == len(set(whole)) == count
+
+
 def test_parts_are_published_in_the_order_of_the_shards(
     unfinished: tuple[str, str, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
