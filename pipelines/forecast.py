@@ -101,7 +101,9 @@ class Forecast:
         """Images per second that one worker can take."""
         trial, work = self.trial, self.work
         each = trial.network_seconds
-        if work.decodes_in_worker:
+        if work.decodes_in_worker and trial.gpu_bytes:  # another thread decodes while the GPU is at work
+            each = max(each, trial.decode_seconds)
+        elif work.decodes_in_worker:
             each += trial.decode_seconds
         elif work.shares_cores:  # what the data processes do takes the cores from the network meanwhile
             each += trial.decode_seconds / work.threads

@@ -58,6 +58,12 @@ def test_the_figures_follow_from_each_other() -> None:
     assert shown["storage of masks"] == "4 MB (20,000 × 200 B a mask row)"
 
 
+def test_a_worker_decodes_while_its_gpu_is_at_work() -> None:
+    on_gpu = replace(TRIED, gpu_bytes=1)
+    assert Forecast("segment", WORK, on_gpu, 0).rate == pytest.approx(1 / 0.08)
+    assert Forecast("segment", WORK, replace(on_gpu, decode_seconds=0.1), 0).rate == pytest.approx(1 / 0.1)
+
+
 def test_training_gets_its_images_from_other_processes() -> None:
     work = replace(WORK, decodes_in_worker=False)
     assert Forecast("train", work, TRIED, 0).rate == pytest.approx(1 / 0.08), "they have cores of their own"
