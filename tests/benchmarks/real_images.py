@@ -75,8 +75,14 @@ VARIANTS = {
     "nuclei-region-0": Variant(
         "nuclei", "train_boxes", "boxes alone, without the colours of regions", "--recipe nuclei --loss.region-weight 0"
     ),
-    "nuclei-region-50": Variant(
-        "nuclei", "train_boxes", "boxes alone, twice their weight", "--recipe nuclei --loss.region-weight 0.5"
+    "nuclei-region-25": Variant(
+        "nuclei", "train_boxes", "boxes alone, a quarter of their weight", "--recipe nuclei --loss.region-weight 0.25"
+    ),
+    "nuclei-contrast": Variant(
+        "nuclei",
+        "train_boxes",
+        "boxes alone, colour distances against local contrast",
+        "--recipe nuclei --loss.contrast-reach 16 --loss.theta 0.5",
     ),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
     "nuclei-projection": Variant(
