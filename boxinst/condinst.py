@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from boxinst import predict
+from boxinst.backbone import FPN, ResNet
 from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
-from boxinst.fcos import DETECT_LEVELS, FPN, DenseHead, DenseOutputs, ResNet
+from boxinst.fcos import DETECT_LEVELS, DenseHead, DenseOutputs
 from boxinst.structures import Instances
 from boxinst.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
 

@@ -118,7 +118,8 @@ class Criterion:
             terms |= self._weigh(self._prompt_sums(outputs, batch, similarity, teacher), step, prefix="")
         if outputs.dense is not None:
             dense = outputs.dense
-            for tensor in (dense.class_logits, dense.distances, dense.centerness, dense.controllers):
+            controller = (dense.controllers.weight, dense.controllers.bias)
+            for tensor in (dense.class_logits, dense.distances, dense.centerness, *controller):
                 total = total + tensor.sum() * 0
             detection, sums = self._detect(outputs.mask_features, dense, batch, similarity, step)
             terms |= detection
@@ -251,7 +252,7 @@ class Criterion:
             kept.append(targets)
             owners.append(assigned.instance)
             chosen.append(self._positives(dense, n, targets, assigned.instance))
-        sums = self._nothing(dense.controllers)
+        sums = self._nothing(features)
         for n, where in enumerate(self._drawn(chosen, step)):
             sums = sums + self._detect_mask_sums(features, dense, places, n, kept[n], owners[n], where, similarity)
         sizes = torch.stack([torch.stack(counts).sum(), torch.stack(weights).sum()])
@@ -301,13 +302,13 @@ class Criterion:
     ) -> _MaskSums:
         """Mask losses of the locations ``where`` of one image, over the whole map as published; −1 stands for none."""
         if not len(where):
-            return self._nothing(dense.controllers)
+            return self._nothing(features)
         taken, where = where >= 0, where.clamp(min=0)
         who, stride = instance[where].clamp(min=0), self.model.loss_stride
         coarse = dynamic_masks(
             features[n : n + 1],
             [0] * len(where),
-            dense.controllers[n, where],
+            dense.controllers.at(n, where),
             places.points[where],
             places.sizes[where, None].expand(-1, 2),
             head=HeadShape.of(self.model),

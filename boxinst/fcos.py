@@ -1,6 +1,6 @@
-"""The detector under the masks: ResNet, feature pyramid and the FCOS dense head, with target assignment and decoding.
+"""The detector under the masks: the FCOS dense head, with target assignment and decoding.
 
-FCOS: arXiv 1904.01355 and its improved form, as CondInst and BoxInst use it. FPN: arXiv 1612.03144.
+FCOS: arXiv 1904.01355 and its improved form, as CondInst and BoxInst use it.
 
 Shape letters: N images, L locations of all levels together, n boxes of one image, C classes, K controller
 parameters, h and w cells of a level. Level l has a stride of 2^l pixels.
@@ -9,16 +9,12 @@ parameters, h and w cells of a level. Level l has a stride of 2^l pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d, batched_nms
-
-from boxinst.config import BACKBONES
+from torchvision.ops import batched_nms
 
 DETECT_LEVELS = (3, 4, 5, 6, 7)
 SIZES_OF_INTEREST = (64.0, 128.0, 256.0, 512.0, 1024.0)
@@ -27,83 +23,44 @@ REGRESSION_RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0)
 CENTER_RADIUS = 1.5
 
 
-class ResNet(resnet.ResNet):
-    """torchvision's ResNet as a pyramid of features, with a settable width.
+@dataclass
+class Controllers:
+    """The controller of the dense head, a 3×3 convolution that runs only where its parameters are wanted.
 
-    Args:
-        name: a key of ``config.BACKBONES``.
-        width: channels of the stem; 64 is the published network.
-        frozen_norm: batch normalisation with fixed statistics and affine, for pretrained weights.
-        stride_in_1x1: bottlenecks halve the resolution in their first convolution, as in Caffe's ResNets.
-        frozen_stages: 1 the stem, 2 the first stage of blocks too, ...: parameters that are not trained.
+    Of thousands of locations at most a hundred make a mask; the published program computes K parameters for all.
     """
 
-    def __init__(
-        self, name: str, width: int, *, frozen_norm: bool, stride_in_1x1: bool = False, frozen_stages: int = 0
-    ) -> None:
-        kind, layers = BACKBONES[name]
-        block = getattr(resnet, kind)
-        norm: Callable[..., nn.Module] = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
-        super().__init__(block, list(layers), norm_layer=norm)
-        del self.fc
-        if width != 64:  # torchvision fixes the stem at 64 channels, so a slimmer trunk is laid here
-            self.inplanes = width
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-            self.bn1 = norm(width)
-            stages = [
-                self._make_layer(block, width * 2**k, count, stride=1 if k == 0 else 2)
-                for k, count in enumerate(layers)
-            ]
-            self.layer1, self.layer2, self.layer3, self.layer4 = stages
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
-        if stride_in_1x1 and kind == "Bottleneck":
-            for first in (stage[0] for stage in stages):  # torchvision lays the stride into the second convolution
-                first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
-        for module in [self.conv1, self.bn1][: 2 * frozen_stages] + stages[: max(frozen_stages - 1, 0)]:
-            module.requires_grad_(False)
-        self.channels = {1: width, **{level: width * 2 ** (level - 2) * block.expansion for level in (2, 3, 4, 5)}}
+    features: list[Tensor]
+    """[N, channels, h, w] of each level, after the box tower."""
+    weight: Tensor
+    """[K, channels, 3, 3]."""
+    bias: Tensor
+    """[K]."""
 
-    def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """[N, 3, H, W] → features by level: 1 (the stem, stride 2), 2, 3, 4, 5 (stride 32)."""
-        stem = self.relu(self.bn1(self.conv1(x)))
-        c2 = self.layer1(self.maxpool(stem))
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        return {1: stem, 2: c2, 3: c3, 4: c4, 5: self.layer4(c4)}
+    def at(self, image: int, where: Tensor) -> Tensor:
+        """Parameters of the dynamic head, in the precision of the weights.
 
+        Args:
+            image: which image of the batch.
+            where: [m] int64, locations.
 
-class FPN(nn.Module):
-    """Feature pyramid from ``finest`` to level 5, and P6, P7 by strided convolutions where detection wants them."""
-
-    def __init__(self, in_channels: dict[int, int], channels: int, *, finest: int, top: bool) -> None:
-        super().__init__()
-        self.levels = tuple(range(finest, 6))
-        self.lateral = nn.ModuleDict({str(k): nn.Conv2d(in_channels[k], channels, 1) for k in self.levels})
-        self.output = nn.ModuleDict({str(k): nn.Conv2d(channels, channels, 3, padding=1) for k in self.levels})
-        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if top else None
-        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if top else None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-
-    def forward(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Backbone features by level → pyramid features [N, channels, h, w] by level."""
-        out: dict[int, Tensor] = {}
-        coarser: Tensor | None = None
-        for level in reversed(self.levels):
-            x = self.lateral[str(level)](features[level])
-            if coarser is not None:
-                x = x + F.interpolate(coarser, scale_factor=2, mode="nearest")
-            out[level] = self.output[str(level)](x)
-            coarser = x
-        if self.p6 is not None and self.p7 is not None:
-            out[6] = self.p6(out[5])
-            out[7] = self.p7(F.relu(out[6]))
-        return out
+        Returns:
+            [m, K].
+        """
+        device, start = where.device, 0
+        rows, corners, widths = [], [], []
+        for level in self.features:
+            h, w = level.shape[2:]
+            rows.append(F.pad(level[image].permute(1, 2, 0), (0, 0, 1, 1, 1, 1)).flatten(0, 1))
+            first = start + torch.arange(h, device=device) * (w + 2)  # of each row, where the frame is a cell wide
+            corners.append((first[:, None] + torch.arange(w, device=device)).flatten())
+            widths.append(torch.full((h * w,), w + 2, device=device))
+            start += (h + 2) * (w + 2)
+        three = torch.arange(3, device=device)
+        down = torch.cat(widths)[where, None, None] * three[:, None]
+        cells = torch.cat(corners)[where, None, None] + down + three  # [m, 3, 3]
+        patches = torch.cat(rows)[cells.flatten(1)].flatten(1)
+        return F.linear(patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 @dataclass
@@ -116,8 +73,8 @@ class DenseOutputs:
     """[N, L, 4] left, top, right, bottom in units of the level's stride, ≥ 0."""
     centerness: Tensor
     """[N, L] logits."""
-    controllers: Tensor
-    """[N, L, K] parameters of the dynamic head."""
+    controllers: Controllers
+    """The parameters of the dynamic head."""
     grids: list[tuple[int, int]]
     """(h, w) of each level."""
 
@@ -158,18 +115,18 @@ class DenseHead(nn.Module):
         def flat(x: Tensor) -> Tensor:
             return x.flatten(2).transpose(1, 2)
 
-        classes, distances, centerness, controllers = [], [], [], []
+        classes, distances, centerness, boxes = [], [], [], []
         for k, x in enumerate(features):
             box = self.box_tower(x)
             classes.append(flat(self.class_logits(self.class_tower(x))))
             distances.append(flat(F.relu(self.distances(box) * self.scales[k])))
             centerness.append(flat(self.centerness(box)).squeeze(2))
-            controllers.append(flat(self.controller(box)))
+            boxes.append(box)
         return DenseOutputs(
             torch.cat(classes, 1),
             torch.cat(distances, 1),
             torch.cat(centerness, 1),
-            torch.cat(controllers, 1),
+            Controllers(boxes, self.controller.weight, self.controller.bias),  # type: ignore[arg-type]
             [(x.shape[2], x.shape[3]) for x in features],
         )
 

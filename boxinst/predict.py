@@ -172,6 +172,7 @@ def detect(
                     max_detections=max_detections,
                 )
                 rows, columns = (height, width) if sizes is None else sizes[n]
+                parameters = outputs.dense.controllers.at(k, found.location)
                 scales = places.sizes[found.location]
                 masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
                 raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
@@ -182,7 +183,7 @@ def detect(
                     maps = dynamic_masks(
                         outputs.mask_features[k : k + 1],
                         [0] * len(part),
-                        outputs.dense.controllers[k, where],
+                        parameters[part],
                         places.points[where],
                         scales[part, None].expand(-1, 2),
                         head=head,

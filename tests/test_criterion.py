@@ -15,7 +15,7 @@ from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
-from boxinst.fcos import locations
+from boxinst.fcos import Controllers, locations
 from boxinst.predict import prompt_coordinates
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
@@ -276,7 +276,13 @@ def test_the_loss_never_waits_for_the_device(model, masks):
 
     dense = outputs.dense
     tensors = {f.name: getattr(dense, f.name) for f in fields(dense)}
-    dense = replace(dense, **{name: moved(x) for name, x in tensors.items() if isinstance(x, Tensor)})
+    controllers = dense.controllers
+    controllers = Controllers(
+        [moved(x) for x in controllers.features], moved(controllers.weight), moved(controllers.bias)
+    )
+    dense = replace(
+        dense, controllers=controllers, **{name: moved(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+    )
     outputs = Outputs(moved(outputs.mask_features), dense, moved(outputs.prompt))
     with BlockingCopies() as copies:
         data = data.to("meta")
@@ -284,7 +290,8 @@ def test_the_loss_never_waits_for_the_device(model, masks):
         Criterion(CONFIG, ours)(outputs, data, 5)["loss"].backward()
     assert copies.found == []
     assert outputs.prompt.grad.shape == outputs.prompt.shape
-    assert dense.controllers.grad.shape == dense.controllers.shape
+    assert controllers.weight.grad.shape == controllers.weight.shape
+    assert controllers.features[0].grad.shape == controllers.features[0].shape
 
 
 def test_what_would_wait_for_the_device_is_found():

@@ -6,13 +6,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
-from boxinst import fcos
+from boxinst import backbone, fcos
 
 
 def places(size=256):
     grids = [(math.ceil(size / 2**k), math.ceil(size / 2**k)) for k in fcos.DETECT_LEVELS]
     return fcos.locations(grids, torch.device("cpu")), grids
+
+
+SILENT = fcos.Controllers([], torch.zeros(5, 1, 3, 3), torch.zeros(5))
+"""For outputs whose boxes alone are looked at."""
 
 
 def reference_assign(where, boxes):
@@ -99,7 +105,7 @@ def test_decode_recovers_assigned_boxes():
         classes,
         target.distances[None].clamp(min=0),
         torch.logit(target.centerness, eps=1e-6)[None],
-        torch.zeros(1, len(where.points), 5),
+        SILENT,
         grids,
     )
     found = fcos.decode(outputs, 0, (256, 256))
@@ -108,11 +114,35 @@ def test_decode_recovers_assigned_boxes():
         torch.testing.assert_close(found.boxes[found.labels == label][0], box)
 
 
+def test_the_controller_where_it_is_wanted_equals_the_one_everywhere():
+    """Values and gradients, against the convolution over all of each level in double precision."""
+    g = torch.Generator().manual_seed(0)
+    grids = [(5, 7), (3, 4), (1, 2)]
+    features = [torch.randn(2, 6, h, w, generator=g, dtype=torch.float64).requires_grad_() for h, w in grids]
+    weight = torch.randn(11, 6, 3, 3, generator=g, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(11, generator=g, dtype=torch.float64).requires_grad_()
+    given = [*features, weight, bias]
+    everywhere = torch.cat([F.conv2d(x, weight, bias, padding=1).flatten(2) for x in features], 2).transpose(1, 2)
+    every = torch.arange(49)
+    twice_and_corners = torch.tensor([0, 6, 28, 34, 34, 35, 38, 46, 47, 48, 0])  # of all levels
+    for where in (every, every.flip(0), twice_and_corners, every[:0]):
+        for n in range(2):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                laid = [x.contiguous(memory_format=layout) for x in features]
+                got, wanted = fcos.Controllers(laid, weight, bias).at(n, where), everywhere[n, where]
+                torch.testing.assert_close(got, wanted)
+                factors = torch.randn(got.shape, generator=g, dtype=torch.float64)
+                ours, theirs = (
+                    torch.autograd.grad((x * factors).sum(), given, retain_graph=True) for x in (got, wanted)
+                )
+                torch.testing.assert_close(ours, theirs)
+
+
 def test_decode_finds_nothing_in_silence():
     where, grids = places(64)
     count = len(where.points)
     outputs = fcos.DenseOutputs(
-        torch.full((1, count, 1), -9.0), torch.ones(1, count, 4), torch.zeros(1, count), torch.zeros(1, count, 5), grids
+        torch.full((1, count, 1), -9.0), torch.ones(1, count, 4), torch.zeros(1, count), SILENT, grids
     )
     assert len(fcos.decode(outputs, 0, (64, 64)).boxes) == 0
 
@@ -128,7 +158,7 @@ def test_boxes_are_clipped_after_suppression_and_then_dropped():
     distances[0, first] = torch.tensor([1.0, 1.0, 60.0, 1.0])  # pixels −4 to 484
     distances[0, second] = torch.tensor([2.0, 1.0, 8.0, 1.0])  # pixels −4 to 76: the same part of the image
     distances[0, third] = 0
-    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), torch.zeros(1, count, 5), grids)
+    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), SILENT, grids)
     found = fcos.decode(outputs, 0, (64, 64))
     assert found.location.tolist() == [first, second]
     torch.testing.assert_close(found.boxes, torch.tensor([[0.0, 0, 64, 12], [0, 0, 64, 12]]))
@@ -143,7 +173,7 @@ def test_suppression_keeps_the_classes_apart_where_coordinates_are_negative():
     classes = torch.full((1, count, 3), -12.0)
     classes[0, 0] = torch.tensor([5.0, 4.0, 3.0])  # one location, all three classes
     distances = torch.tensor([30.0, 30.0, 0.5, 0.5]).repeat(1, count, 1)  # nearly all of it beyond the image
-    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), torch.zeros(1, count, 5), grids)
+    outputs = fcos.DenseOutputs(classes, distances, torch.full((1, count), 9.0), SILENT, grids)
     assert fcos.decode(outputs, 0, (64, 64)).labels.tolist() == [0, 1, 2]
 
 
@@ -166,7 +196,7 @@ def test_sampling_centers_are_centres_of_gravity_of_whole_pixels():
 
 @pytest.mark.parametrize(("name", "channels"), [("resnet18", 512), ("resnet50", 2048)])
 def test_resnet_gives_features_by_stride(name, channels):
-    net = fcos.ResNet(name, 64, frozen_norm=False)
+    net = backbone.ResNet(name, 64, frozen_norm=False)
     out = net(torch.zeros(1, 3, 64, 64))
     assert {k: v.shape[-1] for k, v in out.items()} == {1: 32, 2: 16, 3: 8, 4: 4, 5: 2}
     assert out[5].shape[1] == channels
@@ -174,5 +204,16 @@ def test_resnet_gives_features_by_stride(name, channels):
 
 
 def test_slim_resnet_is_narrower_everywhere():
-    net = fcos.ResNet("resnet18", 16, frozen_norm=False)
+    net = backbone.ResNet("resnet18", 16, frozen_norm=False)
     assert net(torch.zeros(2, 3, 64, 64))[5].shape[1] == 128
+
+
+def test_fixed_norm_is_frozen_batch_norm():
+    ours, theirs = backbone.FixedNorm(6), FrozenBatchNorm2d(6)
+    theirs.load_state_dict({name: torch.rand(6) + 0.5 for name in ours.state_dict()})
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 5, 7).requires_grad_()
+    torch.testing.assert_close(ours(x), theirs(x))
+    gradients = (torch.autograd.grad(norm(x).square().sum(), x)[0] for norm in (ours, theirs))
+    torch.testing.assert_close(*gradients)
+    assert ours(x.bfloat16()).dtype == torch.bfloat16

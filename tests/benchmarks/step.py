@@ -3,12 +3,13 @@
     python tests/benchmarks/step.py
     python tests/benchmarks/step.py --sizes 800x1216 --batches 2 8 16 --device cuda --amp
 
-The network is the published one (FCOS and dynamic masks, 80 classes) from random weights, the images are drawn, and
-each has 8 boxes of the size of COCO's objects. A step is forward, loss, backward and SGD at a learning rate of 0, so
-that every step sees the same weights. The plain step has the mask losses of the published program, over whole maps:
-features and coordinates copied for each instance and grouped convolutions, the similarities copied for each instance,
-and the pairwise loss unfolded (losses.py, dynamic_head.py). Both losses must be equal: Δ is their relative
-difference.
+The network is the published one (FCOS and dynamic masks, 80 classes; fixed normalisation, stem and first stage not
+trained) with random weights, the images are drawn, and each has 8 boxes of the size of COCO's objects. A step is
+forward, loss, backward and SGD at a learning rate of 0, so that every step sees the same weights. The plain step does
+as the published program: fixed normalisation as a product and a sum, the controller at every location, and the mask
+losses over whole maps, with features and coordinates copied for each instance and grouped convolutions, the
+similarities copied for each instance, and the pairwise loss unfolded (losses.py, dynamic_head.py). Layout of memory and
+optimiser are the same. Both losses must be equal: Δ is their relative difference.
 
 `loss` is the share of our step that is not network and optimiser: those are measured on their own, in turns with the
 rest. `waits` is how often our step makes the host wait for the GPU; a CPU has nothing to wait for.
@@ -17,17 +18,21 @@ rest. `waits` is how often our step makes the host wait for the GPU; a CPU has n
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import warnings
 from collections.abc import Callable
 
 import measure
 import torch
+import torch.nn.functional as F
 from dynamic_head import plain_masks
 from losses import plain_pairwise, random_boxes, smooth_image
 from torch import Tensor
+from torchvision.ops import FrozenBatchNorm2d
 
 from boxinst import Batch, CondInst, ModelConfig, Targets
+from boxinst.backbone import FixedNorm
 from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion, _MaskSums
@@ -37,6 +42,13 @@ from boxinst.fcos import DenseOutputs, Locations
 INSTANCES = 8
 STEP = 10_000
 """After the warm-up of the pairwise loss."""
+
+
+def plain_controllers(dense: DenseOutputs, n: int) -> Tensor:
+    """[L, K] of one image, at all locations."""
+    of = dense.controllers
+    maps = [F.conv2d(level[n : n + 1], of.weight, of.bias, padding=1).flatten(2) for level in of.features]
+    return torch.cat(maps, 2)[0].T
 
 
 class PlainCriterion(Criterion):
@@ -58,7 +70,7 @@ class PlainCriterion(Criterion):
         coarse = plain_masks(
             features,
             torch.full_like(where, n),
-            dense.controllers[n, where],
+            plain_controllers(dense, n)[where],
             places.points[where],
             places.sizes[where, None].expand(-1, 2),
             HeadShape.of(self.model),
@@ -85,11 +97,20 @@ class Case:
     def __init__(self, size: tuple[int, int], count: int, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         height, width = size
-        config = ModelConfig(classes=tuple(f"class {k}" for k in range(80)), prompt=False)
+        classes = tuple(f"class {k}" for k in range(80))
+        config = ModelConfig(classes=classes, prompt=False, frozen_norm=True, frozen_stages=2)
         self.device, self.amp = args.device, args.amp
-        self.model = CondInst(config).to(args.device, memory_format=torch.channels_last).train()
-        self.network = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+        model = CondInst(config).to(args.device, memory_format=torch.channels_last).train()
+        plain = copy.deepcopy(model)
+        for module in plain.modules():
+            if isinstance(module, FixedNorm):
+                module.__class__ = FrozenBatchNorm2d
+        models = {"plain": plain, "ours": model}
+        self.networks = {name: torch.compile(m) if args.compile else m for name, m in models.items()}
+        self.optimizers = {
+            name: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.0, momentum=0.9, fused=True)
+            for name, m in models.items()
+        }
         g = torch.Generator().manual_seed(0)
         images = torch.stack([smooth_image(height, width, g) for _ in range(count)])
         labels = torch.randint(0, 80, (count, INSTANCES), generator=g)
@@ -98,29 +119,29 @@ class Case:
         self.batch = Batch(images, valid, targets, list(range(count))).to(args.device)
         self.criteria = {"plain": PlainCriterion(config, LossConfig()), "ours": Criterion(config, LossConfig())}
 
-    def forward(self) -> Outputs:
-        """One pass of the network."""
+    def forward(self, name: str) -> Outputs:
+        """One pass of a network."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return self.network(self.batch.images, None, self.batch.sizes)
+            return self.networks[name](self.batch.images, None, self.batch.sizes)
 
     def step(self, name: str) -> Tensor:
         """A whole step; returns the loss."""
-        loss = self.criteria[name](self.forward(), self.batch, STEP)["loss"]
-        self._learn(loss.backward)
+        loss = self.criteria[name](self.forward(name), self.batch, STEP)["loss"]
+        self._learn(name, loss.backward)
         return loss.detach()
 
     def network_alone(self) -> None:
-        """A step with given gradients in the place of a loss."""
-        outputs = self.forward()
+        """A step of ours with given gradients in the place of a loss."""
+        outputs = self.forward("ours")
         dense = outputs.dense
         assert dense is not None
-        given = [outputs.mask_features, dense.class_logits, dense.distances, dense.centerness, dense.controllers]
-        self._learn(lambda: torch.autograd.backward(given, [torch.zeros_like(x) for x in given]))
+        given = [outputs.mask_features, dense.class_logits, dense.distances, dense.centerness]
+        self._learn("ours", lambda: torch.autograd.backward(given, [torch.zeros_like(x) for x in given]))
 
-    def _learn(self, backward: Callable[[], None]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _learn(self, name: str, backward: Callable[[], None]) -> None:
+        self.optimizers[name].zero_grad(set_to_none=True)
         backward()
-        self.optimizer.step()
+        self.optimizers[name].step()
 
     def waits(self) -> str:
         """How often a step of ours makes the host wait for the GPU."""
@@ -142,7 +163,8 @@ def row(size: tuple[int, int], count: int, args: argparse.Namespace) -> list[str
     time = measure.seconds(ways, args.repeats, args.device)
     memory = {}
     for name in case.criteria:
-        case.optimizer.zero_grad(set_to_none=True)
+        for optimizer in case.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
         memory[name] = measure.peak_allocated(ways[name], args.device)
     return [
         f"{size[0]}×{size[1]}",
