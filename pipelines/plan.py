@@ -23,6 +23,11 @@ from pipelines.trial import Reading
 
 WRITES = 3
 """Requests to write an object: begin, one part, complete."""
+ASKED = 2
+"""Requests by which Ray Data and Arrow ask what a file is before they open it."""
+RECORDED = 12
+"""Requests for the record of a part, and for making sure of the folders of both. These two numbers are counted by
+tests/benchmarks/requests_s3.py."""
 
 
 def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
@@ -59,8 +64,11 @@ def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
     )
     files, groups = len(index.manifest.files), len(index.groups)
     parts = math.ceil(counts["images"] / config.checkpoint_images)
-    # Directories are read once to plan and once to read. Parts are written, with a record of each, and read again.
-    requests = files * 2 * reading.opening + groups * reading.group + parts * (2 * WRITES + reading.opening + 2)
+    # A shard is opened to plan, for its images, and for their order when all is published; a part is opened and read
+    # for its size and when it is published.
+    shard = 3 * (reading.opening + ASKED)
+    part = WRITES + 2 * (reading.opening + ASKED + 1) + RECORDED
+    requests = files * shard + groups * 3 * reading.group + parts * part
     work = Work(
         images=counts["images"],
         boxes=counts["boxes"],

@@ -5,6 +5,7 @@
 Shards, parts and masks lie on an S3 server in this process, which logs every request. Two runs, one with more shards
 than the other; what the second asks for more, divided by the shards that it has more, is the cost of a shard, and the
 rest that of the run. Each shard holds as many images as a part, so that a part can be told from a shard by its folder.
+The second table has beside it what `boxinst plan` foretells.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import measure
 import stand_in
 from moto.server import ThreadedMotoServer
 
-from pipelines import cluster, maskrows, storage
+from pipelines import cluster, maskrows, plan, storage
 from pipelines.config import SegmentConfig
+from pipelines.forecast import PlanConfig
 from pipelines.segment import run
 
 IMAGES = 16
@@ -71,7 +73,7 @@ def main() -> None:
     os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
     os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none-at-all"}
     boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bench")
-    counted = []
+    counted, foretold = [], []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model = stand_in.write_model(root / "model")
@@ -87,6 +89,7 @@ def main() -> None:
             run(config, load=stand_in.fixed_time(0, root / "log"))
             log.handlers = []
             counted.append(requests.counts)
+            foretold.append(plan.segmenting(config, PlanConfig(seconds=1)).work.requests)
     cluster.stop()
     server.stop()
     few, many = counted
@@ -98,6 +101,13 @@ def main() -> None:
         rows.append([what, *(f"{each[method]:.1f}" for method in METHODS), f"{rest:.0f}"])
     print(f"Requests for each shard of {IMAGES} images, which is also a part:\n")
     print(measure.table(["of", *METHODS, "of the run"], rows))
+    rows = [
+        [str(shards), str(sum(counts.values())), str(planned)]
+        for shards, counts, planned in zip(args.shards, counted, foretold, strict=True)
+    ]
+    more_counted, more_planned = (sum(many.values()) - sum(few.values())) / more, (foretold[1] - foretold[0]) / more
+    rows.append(["each further", f"{more_counted:.1f}", f"{more_planned:.1f}"])
+    print(f"\n{measure.table(['shards', 'requests', 'planned'], rows)}")
 
 
 if __name__ == "__main__":
