@@ -76,6 +76,9 @@ class ModelConfig:
     views: int = 1
     """Views of an image whose masks of given boxes are averaged: 1 the image alone, 2 with its mirror image, 4 upside
     down as well. Better masks for that many times the work; no change to training. For objects that may lie any way."""
+    exclusive: bool = False
+    """A pixel in several given boxes belongs to one mask, that of the highest probability there. For objects that touch
+    or cover each other and whose masks must not overlap; no change to training."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """RGB mean that the network's input is shifted by."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)

@@ -28,7 +28,7 @@ from boxinst.dynamic import (
     window_groups,
 )
 from boxinst.fcos import DenseOutputs, Locations, assign, locations, sample_positives, sampling_centers
-from boxinst.predict import prompt_coordinates
+from boxinst.prompts import prompt_coordinates
 from boxinst.structures import Batch, Targets
 
 

@@ -5,8 +5,6 @@ Shape letters: N images, P instances, H and W pixels, h and w cells of the mask 
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,33 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxinst.dynamic import (
-    HeadShape,
-    aligned_upsample,
-    box_masks,
-    dynamic_mask_windows,
-    dynamic_masks,
-    upsample,
-    window_groups,
-)
+from boxinst.dynamic import HeadShape, aligned_upsample, dynamic_masks
 from boxinst.errors import InputError
 from boxinst.fcos import decode, locations
-from boxinst.losses import color_similarity
-from boxinst.outlines import outline_contrast, promised_iou, reaching
+from boxinst.prompts import CELLS_AT_ONCE, box_crops, prompt_masks
 from boxinst.structures import Instances
 from boxinst.transforms import contrast_stretch
 
 if TYPE_CHECKING:
     from boxinst.condinst import CondInst, Outputs
 
-OUTSIDE = -30.0
-"""Logit of a pixel that no window covers."""
-
 _LEAST = torch.finfo(torch.float64).tiny
 """Probability whose logarithm is still finite."""
-
-_CELLS_AT_ONCE = 2**21
-"""Bound on instances × mask cells handled at once: about 130 MB of features at 16 channels."""
 
 _IMAGES_AT_ONCE = 4
 
@@ -60,7 +43,9 @@ def segment(
     """One mask for every given box, in the order given.
 
     A mask never leaves its box, and reaches all four of its sides where it can; see ``reaching``. Where the model's
-    config has ``views``, probabilities are means over the mirrored images.
+    config has ``views``, probabilities are means over the mirrored images. Where it is ``exclusive``, a pixel in
+    several boxes belongs to the mask with the highest probability there, so that all boxes of an image must be given at
+    once; a mask that would be left without a pixel keeps its own.
     The score is the IoU that the probabilities promise the mask, times the ``outline_contrast`` of the mask.
 
     Args:
@@ -97,7 +82,7 @@ def segment(
                 views = [
                     [
                         crop.flip([axis - 1 for axis in axes])
-                        for crop in _box_crops(model, o, k, start, seen[k], (height, width))
+                        for crop in box_crops(model, o, k, start, seen[k], (height, width))
                     ]
                     for axes, (_, _, o, seen) in zip(mirrors, others, strict=True)
                 ]
@@ -177,7 +162,7 @@ def detect(
                 masks = torch.zeros((len(found.boxes), rows, columns), dtype=torch.bool)
                 raw = torch.zeros((len(found.boxes), rows, columns)) if logits else None
                 cells = outputs.mask_features.shape[-1] * outputs.mask_features.shape[-2]
-                at_once = max(1, _CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
+                at_once = max(1, CELLS_AT_ONCE // max(cells * stride, rows * columns // 8))
                 for part in torch.arange(len(found.boxes)).split(at_once):
                     where = found.location[part]
                     maps = dynamic_masks(
@@ -272,134 +257,3 @@ def _passes(
             prompts = None if boxes is None else given
             outputs = model(batch, prompts, sizes, detect=prompts is None)
             yield members, batch, outputs, given
-
-
-def _windows(
-    model: CondInst, features: Tensor, parameters: Tensor, boxes: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Mask logits of the boxes [P, 4] of one image, some boxes at a time, each in a window of the image.
-
-    Args:
-        model: the network.
-        features: [1, C, h, w] mask features.
-        parameters: [P, K].
-        boxes: [P, 4] xyxy pixels.
-
-    Yields:
-        Which boxes, int64 [m]; the first pixel (x, y) of each window, int64 [m, 2]; logits [m, rows, columns]. Every
-        box comes once.
-    """
-    stride = model.config.mask_stride
-    points, scales = prompt_coordinates(boxes)
-    # A cell of margin on either side keeps the interpolation inside the box free of the window's own border.
-    for group in window_groups(boxes, (features.shape[2], features.shape[3]), stride, margin=2.0 * stride):
-        cells = group.size[0] * group.size[1] * stride**2
-        for part in torch.arange(len(group.members)).split(max(1, _CELLS_AT_ONCE // cells)):
-            who, origins = group.members[part], group.origins[part]
-            coarse = dynamic_mask_windows(
-                features,
-                torch.zeros_like(who),
-                parameters[who],
-                points[who],
-                scales[who],
-                origins,
-                group.size,
-                head=HeadShape.of(model.config),
-                stride=stride,
-            ).float()
-            yield who, origins * stride, upsample(upsample(coarse, 2), stride // 2)
-
-
-def _region(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The whole pixels x0, y0, x1, y1 of an image of (height, width) that a box touches."""
-    x0, y0 = min(max(math.floor(box[0]), 0), size[1]), min(max(math.floor(box[1]), 0), size[0])
-    return x0, y0, max(min(math.ceil(box[2]), size[1]), x0), max(min(math.ceil(box[3]), size[0]), y0)
-
-
-def _box_crops(
-    model: CondInst, outputs: Outputs, image: int, start: int, boxes: Tensor, size: tuple[int, int]
-) -> list[Tensor]:
-    """Probabilities in the ``_region`` of each box of one image of a batch, whose first box has the row ``start``."""
-    assert outputs.prompt is not None
-    crops: list[Tensor] = [boxes.new_zeros(0)] * len(boxes)
-    features, parameters = outputs.mask_features[image : image + 1], outputs.prompt[start : start + len(boxes)]
-    regions = [_region(box, size) for box in boxes.tolist()]
-    for who, corners, logits in _windows(model, features, parameters, boxes):
-        probability = logits.sigmoid()
-        for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
-            x0, y0, x1, y1 = regions[p]
-            crops[p] = probability[k, y0 - y : y1 - y, x0 - x : x1 - x]
-    return crops
-
-
-def prompt_masks(
-    model: CondInst,
-    features: Tensor,
-    parameters: Tensor,
-    boxes: Tensor,
-    seen: Tensor,
-    image: Tensor,
-    logits: bool = False,
-    views: Sequence[Sequence[Tensor]] = (),
-) -> Instances:
-    """Masks of the given boxes of one image, some at a time; the cost of each follows the area of its box.
-
-    Args:
-        model: the network.
-        features: [1, C, h, w] mask features.
-        parameters: [P, K] of the prompt head.
-        boxes: [P, 4] xyxy pixels.
-        seen: the image as the network sees it, uint8 [3, h · stride, w · stride].
-        image: the image as it was given, [3, H, W].
-        logits: also return the mask logits.
-        views: from other views of the image, the probabilities in each box's ``_region``.
-    """
-    height, width = image.shape[-2:]
-    similarity = color_similarity(seen[None], stride=1)[0] if len(boxes) else seen[:0].float()
-    masks = _blank_masks(len(boxes), height, width)
-    raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
-    scores = torch.zeros(len(boxes))
-    regions = [_region(box, (height, width)) for box in boxes.tolist()] if views else []
-    for who, corners, fine in _windows(model, features, parameters, boxes):
-        rows, columns = fine.shape[1:]
-        inside = box_masks(boxes[who], (rows, columns), 1, corners)
-        inside &= (corners[:, 1, None] + torch.arange(rows, device=fine.device) < height)[:, :, None]
-        inside &= (corners[:, :1] + torch.arange(columns, device=fine.device) < width)[:, None]
-        probability = fine.sigmoid()
-        if views:
-            for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
-                x0, y0, x1, y1 = regions[p]
-                own = probability[k, y0 - y : y1 - y, x0 - x : x1 - x]
-                own.copy_((own + sum(view[p] for view in views)) / (1 + len(views)))
-            fine = torch.logit(probability, eps=1e-7)
-        probability = probability * inside
-        chosen = (probability >= reaching(probability, inside)[:, None, None]) & inside
-        score = promised_iou(probability, chosen) * outline_contrast(chosen, similarity, corners, (height, width))
-        scores[who.cpu()] = score.cpu()
-        for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
-            region = (p, slice(y, min(y + rows, height)), slice(x, min(x + columns, width)))
-            size = (slice(0, max(0, height - y)), slice(0, max(0, width - x)))
-            masks[region] = chosen[k][size].cpu()
-            if raw is not None:
-                raw[region] = fine[k][size].cpu()
-    return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
-
-
-def _blank_masks(count: int, height: int, width: int) -> Tensor:
-    """[count, height, width] bool, all False. What is never written to takes neither memory nor time: the system makes
-    a page of zeros when it is touched, where torch.zeros would fill all of them at once."""
-    size = count * height * width
-    zeros = mmap.mmap(-1, max(size, 1))  # lives as long as the tensor does
-    return torch.frombuffer(zeros, dtype=torch.bool)[:size].view(count, height, width)
-
-
-def prompt_coordinates(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Reference points and scales of given boxes: coordinates run from −1 to 1 across the box.
-
-    Args:
-        boxes: [P, 4] xyxy pixels.
-
-    Returns:
-        points [P, 2] and scales [P, 2], in pixels.
-    """
-    return (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).clamp(min=1.0) / 2

@@ -16,7 +16,7 @@ from boxinst.config import LossConfig
 from boxinst.criterion import Criterion
 from boxinst.dynamic import HeadShape, box_masks, dynamic_masks, upsample
 from boxinst.fcos import Controllers, locations
-from boxinst.predict import prompt_coordinates
+from boxinst.prompts import prompt_coordinates
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
 TINY |= {"mask_branch_channels": 8, "mask_branch_layers": 1, "dense_layers": 1}

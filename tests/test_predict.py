@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from boxinst import predict
+from boxinst import prompts
 from boxinst.condinst import CondInst
 from boxinst.config import ModelConfig
 from boxinst.predict import MIRRORS, mirror_boxes, segment
@@ -77,7 +77,7 @@ def test_boxes_some_at_a_time_give_what_all_at_once_give(
     image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = many_boxes(40)
     (all_at_once,) = model.segment([image], [boxes], logits=True)
-    monkeypatch.setattr(predict, "_CELLS_AT_ONCE", at_once)
+    monkeypatch.setattr(prompts, "CELLS_AT_ONCE", at_once)
     (some,) = model.segment([image], [boxes], logits=True)
     torch.testing.assert_close(some.mask_logits, all_at_once.mask_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(some.scores, all_at_once.scores, rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def test_boxes_some_at_a_time_give_what_all_at_once_give(
 
 
 def test_the_score_is_the_iou_that_the_probabilities_promise(model: CondInst, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "outline_contrast", lambda masks, *_: torch.ones(len(masks)))
+    monkeypatch.setattr(prompts, "outline_contrast", lambda masks, *_: torch.ones(len(masks)))
     image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[8.0, 8, 40, 50], [60, 20, 90, 30]])
     (found,) = model.segment([image], [boxes], logits=True)

@@ -12,6 +12,9 @@ it waits, as if it ran on a GPU. Four ways:
 - `segment`, while it works: images per second of the model from its first image to its last;
 - `segment`, the whole command, with the start of Ray and of the worker and with publishing the masks.
 
+Before that the decoding alone: a plain loop that reads and decodes beside Ray Data that does so in one task at a time,
+from the first batch that arrives to the last.
+
 Seconds are those of the clock, so other work on the machine shows in them.
 """
 
@@ -26,6 +29,7 @@ from pathlib import Path
 import measure
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import stand_in
 import torch
 
@@ -67,11 +71,37 @@ def loop(shards: str, seconds: float, log: Path) -> float:
     return sum(map(len, some)) / (time.perf_counter() - start)
 
 
+def decode(table: pa.Table) -> pa.Table:
+    """Decode the images of a batch, and keep their ids alone."""
+    for row in table.to_pylist():
+        sample_from_row(row, with_masks=False)
+    return table.select(["image_id"])
+
+
+def decoding_in_a_loop(shards: str) -> float:
+    """Images per second of reading and decoding, without Ray."""
+    start = time.perf_counter()
+    images = sum(len(decode(table)) for table in tables(shards))
+    return images / (time.perf_counter() - start)
+
+
+def decoding_by_ray(shards: str) -> float:
+    """Images per second of reading and decoding by Ray Data, once the first batch is there."""
+    cluster.start()
+    paths = storage.shard_files(shards, storage.read_manifest(shards, "shards"))
+    rows = ray.data.read_parquet(paths, concurrency=1)
+    decoded = rows.map_batches(decode, batch_size=BATCH, batch_format="pyarrow", concurrency=1)
+    arrived = [(time.perf_counter(), len(batch["image_id"])) for batch in decoded.iter_batches(batch_size=None)]
+    cluster.stop()
+    return sum(images for _, images in arrived[1:]) / (arrived[-1][0] - arrived[0][0])
+
+
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=float, nargs="+", default=[0.0, 0.05, 0.1], help="seconds per image")
     parser.add_argument("--images", type=int, default=400, help="of the run (default: %(default)s)")
+    parser.add_argument("--decoded", type=int, default=4000, help="images to decode alone (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -79,6 +109,8 @@ def main() -> None:
         root = Path(folder)
         shards = stand_in.write_shards(root / "shards", args.images, per_shard=256, side=480, boxes=10)
         model = stand_in.write_model(root / "model")
+        many = stand_in.write_shards(root / "many", args.decoded, per_shard=256, side=480, boxes=10)
+        by_loop, by_ray = decoding_in_a_loop(many), decoding_by_ray(many)
         for seconds in args.model:
             of_model = bare(shards, seconds, root / f"bare-{seconds}")
             of_loop = loop(shards, seconds, root / f"loop-{seconds}")
@@ -98,7 +130,11 @@ def main() -> None:
                 ]
             )
     header = ["model", "bare", "loop", "segment", "whole command", "segment / loop", "segment / bare", "fixed seconds"]
-    print(f"Images per second, {args.images} images:\n")
+    print(f"Decoding alone, images per second, {args.decoded} images:\n")
+    print(
+        measure.table(["loop", "Ray Data", "ratio"], [[f"{by_loop:.1f}", f"{by_ray:.1f}", f"{by_ray / by_loop:.0%}"]])
+    )
+    print(f"\nImages per second, {args.images} images:\n")
     print(measure.table(header, rows))
 
 

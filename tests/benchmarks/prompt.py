@@ -22,7 +22,7 @@ from torch import Tensor
 
 from boxinst import CondInst, ModelConfig
 from boxinst.dynamic import box_masks
-from boxinst.predict import prompt_masks
+from boxinst.prompts import prompt_masks
 
 SIDE = 1024
 EACH = 100
