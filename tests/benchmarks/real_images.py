@@ -23,14 +23,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 METRICS = ("mask_iou", "mask_ap", "mask_ap50", "box_ap")
-SHORT = "--recipe nuclei --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.views 1"
+SHARED = "--recipe nuclei --model.no-exclusive"
+"""The recipe with masks that may overlap, as they are learned."""
+SHORT = f"{SHARED} --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.views 1"
 """A quarter of the recipe's steps and views, in which the leads are compared."""
 QUARTER = f"{SHORT} --loss.region-weight 0.25"
 """With a quarter of the weight that the recipe gives the colours of regions, which all of these rows have alike."""
 OURS_OFF = "--loss.fill-range 0 1 --loss.region-weight 0"
 """The losses as published."""
 SMALL_NETWORK = (
-    "--recipe nuclei --model.mask-stride 4 --model.contrast-stretch None --model.views 1 "
+    "--recipe nuclei --model.no-exclusive --model.mask-stride 4 --model.contrast-stretch None --model.views 1 "
     "--loss.bottom-pixels 10 --loss.warmup-steps 90 "
 ) + OURS_OFF
 
@@ -74,36 +76,38 @@ VARIANTS = {
     "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", QUARTER),
     "short-masks": Variant("nuclei", "train", "all masks", QUARTER),
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
+    "nuclei-shared": Variant("nuclei", "train_boxes", "boxes alone, masks may overlap", SHARED),
     "nuclei-region-0": Variant(
-        "nuclei", "train_boxes", "boxes alone, without the colours of regions", "--recipe nuclei --loss.region-weight 0"
+        "nuclei", "train_boxes", "boxes alone, without the colours of regions", f"{SHARED} --loss.region-weight 0"
     ),
     "nuclei-region-25": Variant(
-        "nuclei", "train_boxes", "boxes alone, a quarter of their weight", "--recipe nuclei --loss.region-weight 0.25"
+        "nuclei", "train_boxes", "boxes alone, a quarter of their weight", f"{SHARED} --loss.region-weight 0.25"
     ),
     "nuclei-contrast": Variant(
         "nuclei",
         "train_boxes",
         "boxes alone, colour distances against local contrast",
-        "--recipe nuclei --loss.contrast-reach 16 --loss.theta 0.5",
+        f"{SHARED} --loss.contrast-reach 16 --loss.theta 0.5",
     ),
     "nuclei-teacher": Variant(
         "nuclei",
         "train_boxes",
         "boxes alone, mean teacher in the second half",
-        "--recipe nuclei --loss.teacher-weight 1",
+        f"{SHARED} --loss.teacher-weight 1",
     ),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
+    "nuclei-masks-shared": Variant("nuclei", "train", "all masks, which may overlap", SHARED),
     "nuclei-projection": Variant(
         "nuclei",
         "train_boxes",
         "boxes, projection loss alone",
-        f"--recipe nuclei --loss.pairwise-weight 0 {OURS_OFF} --model.views 1 --steps 900 --loss.warmup-steps 90",
+        f"{SHARED} --loss.pairwise-weight 0 {OURS_OFF} --model.views 1 --steps 900 --loss.warmup-steps 90",
     ),
     "nuclei-detect": Variant(
         "nuclei",
         "train_boxes",
         "boxes, detection without given boxes",
-        "--recipe nuclei --model.detect --model.no-prompt --model.mask-stride 4 --loss.max-positives 32 "
+        f"{SHARED} --model.detect --model.no-prompt --model.mask-stride 4 --loss.max-positives 32 "
         "--steps 300 --loss.warmup-steps 60",
         mode="detect",
     ),
