@@ -42,6 +42,29 @@ class ShardConfig:
         return self.out or f"{settings.store()}/shards/{PurePosixPath(self.annotations).stem}"
 
 
+@dataclass(frozen=True)
+class CutConfig:
+    """What to cut, and into how large pieces."""
+
+    annotations: str
+    """COCO JSON file: a local path or s3://. It may be of any length."""
+    out: str | None = None
+    """Output folder or s3:// prefix; BOXINST_STORE/pieces/<name of the JSON file> when not given."""
+    images_per_piece: int = 1_000_000
+    """Images of a piece. Fewer where images have many boxes: `shard` takes 1 GiB of memory for a million boxes."""
+    overwrite: bool = False
+    """Replace pieces of another file or size in the output folder."""
+
+    def __post_init__(self) -> None:
+        if self.images_per_piece < 1:
+            raise InputError("--images-per-piece", self.images_per_piece, "Give 1 or more.")
+
+    @property
+    def output(self) -> str:
+        """Where the pieces go."""
+        return self.out or f"{settings.store()}/pieces/{PurePosixPath(self.annotations).stem}"
+
+
 MAY_CHANGE = (
     "val",
     "workers",
