@@ -315,6 +315,9 @@ class EvaluateConfig:
     """Run each worker on a GPU of its own."""
     batch_size: int = 4
     """Images that a worker takes at a time."""
+    max_images: int = 0
+    """Score at most this many images, spread evenly over the shards and the same each time; 0 for all. AP takes memory
+    for every object scored, so give some 10,000 where there are millions of boxes."""
     experiment: str = ""
     """Record the figures as a run of this MLflow experiment; empty records nothing."""
 
@@ -322,6 +325,8 @@ class EvaluateConfig:
         for name in ("max_detections", "workers", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
+        if self.max_images < 0:
+            raise InputError("--max-images", self.max_images, "Give 0 or more.")
         if self.mode not in ("prompt", "detect"):
             raise InputError("--mode", self.mode, "Give prompt or detect.")
         if not 0 <= self.score_threshold <= 1:
