@@ -1,7 +1,7 @@
 """One COCO JSON file of any length becomes pieces, cut by images, each of a size that the other commands can hold.
 
-Memory follows the number of images, 12 bytes for each, and not that of the boxes. The file is read twice: once for the
-ids of its images, once to hand every entry, as the text that it is, to the piece of its image.
+Memory follows the number of images, at most some 50 bytes for each, and not that of the boxes. The file is read twice:
+once for the ids of its images, once to hand every entry, as the text that it is, to the piece of its image.
 """
 
 from __future__ import annotations
