@@ -12,9 +12,8 @@ import ray.data
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import cluster, inference, registry, storage
+from pipelines import cluster, feed, inference, registry, storage
 from pipelines.config import EvaluateConfig, Resolution
-from pipelines.feed import ShardIndex
 from pipelines.schema import Manifest
 from pipelines.scorecard import Evaluator, Scorecard
 from pipelines.tracking import Run
@@ -96,17 +95,13 @@ def _rows(uri: str, shards: Manifest, count: int) -> ray.data.Dataset:
     """The rows to score: all, or ``count`` of them by way of the row groups that hold one."""
     if count == shards.counts["images"]:
         return ray.data.read_parquet(storage.shard_files(uri, shards), filesystem=storage.filesystem(uri))
-    index = ShardIndex.open(uri)
+    index = feed.ShardIndex.open(uri)
     chosen = index.spread(count)
     lots = [pa.table({"row": chosen[k : k + READ_TOGETHER]}) for k in range(0, count, READ_TOGETHER)]
+    # By a function of feed, as this module would have every task wait for torch and MLflow.
     return ray.data.from_arrow(lots).map_batches(
-        _read, batch_size=None, batch_format="pyarrow", fn_kwargs={"index": ray.put(index)}
+        feed.read_lot, batch_size=None, batch_format="pyarrow", fn_kwargs={"index": index}
     )
-
-
-def _read(lot: pa.Table, *, index: ray.ObjectRef[ShardIndex]) -> pa.Table:
-    """The rows of a lot. A task of Ray Data."""
-    return ray.get(index).read(lot["row"].to_numpy())
 
 
 def _warn(images: int, shards: Manifest) -> None:

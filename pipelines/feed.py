@@ -100,6 +100,11 @@ def _row_group(fs: pafs.FileSystem, path: str, number: int) -> pa.Table:
     return storage.open_parquet(fs, path).read_row_group(number, columns=SHARD_SCHEMA.names)
 
 
+def read_lot(lot: pa.Table, *, index: ShardIndex) -> pa.Table:
+    """The rows whose numbers are in the column "row". A task of Ray Data."""
+    return index.read(lot["row"].to_numpy())
+
+
 def epoch_order(starts: NDArray[np.int64], rows_at_once: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Every row once, in the order of this epoch.
 
