@@ -13,6 +13,7 @@ from boxinst.errors import InputError
 from pipelines import secrets
 
 COMMANDS = {
+    "cut": "a COCO file of any length → pieces of a million images, in memory that does not grow",
     "shard": "COCO boxes + images → Parquet shards, every box accounted for",
     "train": "shards → a tracked and registered model, from boxes alone or with some masks",
     "import": "a checkpoint published by AdelaiDet or MMDetection → a model",

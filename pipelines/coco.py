@@ -25,6 +25,10 @@ EPSILON = 1e-3
 """Pixels. What is less is the rounding of float32 and no defect of a box."""
 
 
+LISTS = ("images", "annotations", "categories")
+"""What a COCO file of instances has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Annotation:
     """One box of an image, as the JSON has it."""
@@ -110,14 +114,13 @@ def parse(data: bytes, path: str) -> Corpus:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise InputError("--annotations", f"{path} is not JSON ({error})", "Give a COCO JSON file.") from None
-    for key in ("images", "annotations", "categories"):
+        raise not_json(path, error) from None
+    for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            value = f'{path} is not COCO: it has no list "{key}"'
-            raise InputError("--annotations", value, 'A COCO file has the lists "images", "annotations", "categories".')
+            raise no_list(path, key)
     if not content["images"]:
-        raise InputError("--annotations", f'{path} has an empty list "images"', "Give a file that lists images.")
-    categories = _categories(content["categories"], path)
+        raise no_images(path)
+    categories = read_categories(content["categories"], path)
     rejects: list[dict[str, Any]] = []
     images = _images(content["images"], rejects)
     _attach(content["annotations"], images, {c.id for c in categories}, rejects)
@@ -132,10 +135,31 @@ def parse(data: bytes, path: str) -> Corpus:
     return Corpus(categories, kept, rejects, len(content["images"]), len(content["annotations"]))
 
 
-def _categories(items: list[Any], path: str) -> list[Category]:
+def not_json(path: str, error: Exception) -> InputError:
+    """The error of a file ``path`` that cannot be parsed."""
+    return InputError("--annotations", f"{path} is not JSON ({error})", "Give a COCO JSON file.")
+
+
+def no_list(path: str, key: str) -> InputError:
+    """The error of a file ``path`` without the list ``key``."""
+    remedy = 'A COCO file has the lists "images", "annotations", "categories".'
+    return InputError("--annotations", f'{path} is not COCO: it has no list "{key}"', remedy)
+
+
+def no_images(path: str) -> InputError:
+    """The error of a file ``path`` whose list of images is empty."""
+    return InputError("--annotations", f'{path} has an empty list "images"', "Give a file that lists images.")
+
+
+def read_categories(items: list[Any], path: str) -> list[Category]:
+    """The list "categories" of the file ``path``, in the order of the ids.
+
+    Raises:
+        InputError: there are none, or one is no category, or two are alike.
+    """
     categories = []
     for item in items:
-        if not isinstance(item, dict) or _integer(item.get("id")) is None or not isinstance(item.get("name"), str):
+        if not isinstance(item, dict) or integer(item.get("id")) is None or not isinstance(item.get("name"), str):
             raise InputError("--annotations", f"{path} has the category {item!r}", "Give it an integer id and a name.")
         categories.append(Category(item["id"], item["name"]))
     if not categories:
@@ -152,7 +176,7 @@ def _images(items: list[Any], rejects: list[dict[str, Any]]) -> dict[int, ImageE
     images: dict[int, ImageEntry] = {}
     for item in items:
         get = item.get if isinstance(item, dict) else {}.get
-        number, width, height = (_integer(get(key)) for key in ("id", "width", "height"))
+        number, width, height = (integer(get(key)) for key in ("id", "width", "height"))
         name = get("file_name") if isinstance(get("file_name"), str) else ""
         if number is None:
             rejects.append(reject("image", "image id is not an integer", get("id"), file_name=name))
@@ -170,7 +194,7 @@ def _attach(
     seen: set[int] = set()
     for item in items:
         get = item.get if isinstance(item, dict) else {}.get
-        number, image_id, category_id = (_integer(get(key)) for key in ("id", "image_id", "category_id"))
+        number, image_id, category_id = (integer(get(key)) for key in ("id", "image_id", "category_id"))
         entry = None if image_id is None else images.get(image_id)
         if number is None:
             reason, value = "annotation id is not an integer", get("id")
@@ -191,7 +215,7 @@ def _attach(
         entry.annotations.sort(key=lambda a: a.id)
 
 
-def _integer(value: object) -> int | None:
+def integer(value: object) -> int | None:
     """``value`` where it is an integer that fits a column, None where not (True is none either)."""
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 

@@ -42,6 +42,29 @@ class ShardConfig:
         return self.out or f"{settings.store()}/shards/{PurePosixPath(self.annotations).stem}"
 
 
+@dataclass(frozen=True)
+class CutConfig:
+    """What to cut, and into how large pieces."""
+
+    annotations: str
+    """COCO JSON file: a local path or s3://. It may be of any length."""
+    out: str | None = None
+    """Output folder or s3:// prefix; BOXINST_STORE/pieces/<name of the JSON file> when not given."""
+    images_per_piece: int = 1_000_000
+    """Images of a piece. Fewer where images have many boxes: `shard` takes 1 GiB of memory for a million boxes."""
+    overwrite: bool = False
+    """Replace pieces of another file or size in the output folder."""
+
+    def __post_init__(self) -> None:
+        if self.images_per_piece < 1:
+            raise InputError("--images-per-piece", self.images_per_piece, "Give 1 or more.")
+
+    @property
+    def output(self) -> str:
+        """Where the pieces go."""
+        return self.out or f"{settings.store()}/pieces/{PurePosixPath(self.annotations).stem}"
+
+
 MAY_CHANGE = (
     "val",
     "workers",
@@ -292,6 +315,9 @@ class EvaluateConfig:
     """Run each worker on a GPU of its own."""
     batch_size: int = 4
     """Images that a worker takes at a time."""
+    max_images: int = 0
+    """Score at most this many images, spread evenly over the shards and the same each time; 0 for all. AP takes memory
+    for every object scored, so give some 10,000 where there are millions of boxes."""
     experiment: str = ""
     """Record the figures as a run of this MLflow experiment; empty records nothing."""
 
@@ -299,6 +325,8 @@ class EvaluateConfig:
         for name in ("max_detections", "workers", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 1 or more.")
+        if self.max_images < 0:
+            raise InputError("--max-images", self.max_images, "Give 0 or more.")
         if self.mode not in ("prompt", "detect"):
             raise InputError("--mode", self.mode, "Give prompt or detect.")
         if not 0 <= self.score_threshold <= 1:

@@ -76,6 +76,11 @@ class ShardIndex:
         bytes_per_row = sum(f.bytes for f in self.manifest.files) / max(len(self), 1)
         return int(np.clip(READ_BYTES / max(bytes_per_row, 1), 1, READ_ROWS))
 
+    def spread(self, limit: int) -> NDArray[np.int64]:
+        """At most ``limit`` rows (0 for all), evenly over the corpus, in order: a sample that is always the same."""
+        count = min(len(self), limit) if limit else len(self)
+        return np.linspace(0, len(self), count, endpoint=False).astype(np.int64)
+
     def read(self, rows: NDArray[np.int64]) -> pa.Table:
         """The given rows, in the order given; a row may be asked for twice. Each row group is read once."""
         if not len(rows):
@@ -93,6 +98,11 @@ class ShardIndex:
 
 def _row_group(fs: pafs.FileSystem, path: str, number: int) -> pa.Table:
     return storage.open_parquet(fs, path).read_row_group(number, columns=SHARD_SCHEMA.names)
+
+
+def read_lot(lot: pa.Table, *, index: ShardIndex) -> pa.Table:
+    """The rows whose numbers are in the column "row". A task of Ray Data."""
+    return index.read(lot["row"].to_numpy())
 
 
 def epoch_order(starts: NDArray[np.int64], rows_at_once: int, seed: int, epoch: int) -> NDArray[np.int64]:

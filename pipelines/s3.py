@@ -272,6 +272,37 @@ def get(uri: str, size: int | None = None) -> bytes:
         raise
 
 
+def size(uri: str) -> int:
+    """Bytes of an object.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    bucket, key = split(uri)
+    try:
+        return patiently(lambda: client().head_object(Bucket=bucket, Key=key))["ContentLength"]
+    except ClientError as error:
+        if _status(error) == 404:
+            raise FileNotFoundError(uri) from None
+        raise
+
+
+def chunks(uri: str, length: int) -> Iterator[bytes]:
+    """The object's bytes in order, each ``length`` of them asked for alone: what takes hours is sure to break off."""
+    bucket, key = split(uri)
+    whole = size(uri)
+
+    def once(start: int, stop: int) -> bytes:
+        answer = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        data = answer["Body"].read()
+        if len(data) != stop - start:
+            raise ShortReadError(f"{len(data)} bytes of {stop - start}")
+        return data
+
+    for start in range(0, whole, length):
+        yield patiently(functools.partial(once, start, min(start + length, whole)))
+
+
 def put(uri: str, data: bytes | IO[bytes]) -> None:
     """Write an object, from bytes or from a file; it appears when it is complete."""
     bucket, key = split(uri)

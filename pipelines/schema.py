@@ -85,7 +85,7 @@ class Category:
 
 @dataclass
 class File:
-    """One Parquet file of an artefact."""
+    """One Parquet file of an artefact, or one COCO file of pieces."""
 
     path: str
     """Relative to the artefact's directory."""
@@ -98,7 +98,7 @@ class File:
 class Manifest:
     """What an artefact holds."""
 
-    kind: Literal["shards", "masks"]
+    kind: Literal["shards", "masks", "pieces"]
     categories: list[Category]
     files: list[File]
     counts: dict[str, int]

@@ -140,6 +140,27 @@ def read_bytes(uri: str, size: int | None = None) -> bytes:
     return data
 
 
+CHUNK = 8 << 20
+"""Bytes that ``chunks`` holds."""
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    with explained(uri):
+        return s3.size(uri) if is_s3(uri) else _local(uri).stat().st_size
+
+
+def chunks(uri: str) -> Iterator[bytes]:
+    """Content of a file in order, ``CHUNK`` bytes at a time."""
+    with explained(uri):
+        if is_s3(uri):
+            yield from s3.chunks(uri, CHUNK)
+            return
+        with open(_local(uri), "rb") as stream:
+            while data := stream.read(CHUNK):
+                yield data
+
+
 @contextmanager
 def writing(uri: str) -> Iterator[IO[bytes]]:
     """A stream whose bytes appear at ``uri`` all at once, when the block has ended well."""
@@ -219,6 +240,17 @@ def remove(uri: str) -> None:
             s3.remove(uri)
         elif _local(uri).exists():
             shutil.rmtree(_local(uri))
+
+
+def move(path: Path, uri: str) -> None:
+    """Move a file of this machine to ``uri``, where it appears whole. Within a disk nothing is copied."""
+    with explained(uri):
+        if not is_s3(uri):
+            shutil.move(path, _local(uri))
+            return
+        with path.open("rb") as stream:
+            s3.put(uri, stream)
+        path.unlink()
 
 
 def upload(folder: str | Path, uri: str) -> None:
@@ -303,7 +335,7 @@ def ensure_output(
 
     Args:
         uri: the folder.
-        kind: ``shards`` or ``masks``.
+        kind: ``shards``, ``masks`` or ``pieces``.
         source: what the artefact is made from (JSON values). A finished artefact must be made from the same;
             unfinished files that were not are removed. None leaves that to the caller.
         overwrite: remove a finished or unfinished artefact of this kind first.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +43,7 @@ class Validation:
         cls, index: ShardIndex, *, max_images: int, rank: int, ranks: int, short_side: int, max_side: int
     ) -> Validation:
         """Rank ``rank``'s share of at most ``max_images`` images (0 for all), spread evenly over the shards."""
-        count = min(len(index), max_images) if max_images else len(index)
-        chosen = np.linspace(0, len(index), count, endpoint=False).astype(np.int64)[rank::ranks]
+        chosen = index.spread(max_images)[rank::ranks]
         classes = [c.name for c in index.manifest.categories]
         return cls(index.read(chosen).to_pylist(), classes, index.manifest.exif, short_side, max_side)
 

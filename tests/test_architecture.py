@@ -15,7 +15,7 @@ PACKAGES = ("boxinst", "pipelines", "jobs")
 
 SCIENCE = {"torch", "torchvision", "numpy", "pycocotools", "safetensors", "PIL", "boxinst"}
 """What ``boxinst`` may import besides the standard library."""
-STAGES = {f"pipelines.{name}" for name in ("shards", "train", "evaluate", "segment", "review", "feedback")}
+STAGES = {f"pipelines.{name}" for name in ("pieces", "shards", "train", "evaluate", "segment", "review", "feedback")}
 OWNERS = {
     "ray": {f"pipelines.{n}" for n in ("cluster", "shards", "train", "train_loop", "evaluate", "segment", "records")}
     | {f"pipelines.{n}" for n in ("plan", "observe", "remote_jobs")},
@@ -24,6 +24,7 @@ OWNERS = {
 }
 """Each framework, and the only modules that may know it."""
 COMMANDS = {
+    "cut",
     "shard",
     "train",
     "import_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import boxinst
 from boxinst import InputError, Instances
 from boxinst.metrics import CocoScorer, GivenBoxScorer
-from pipelines import registry, storage
+from pipelines import evaluate, registry, storage
 from pipelines.config import EvaluateConfig, Resolution
 from pipelines.evaluate import run
 from pipelines.samples import sample_from_row
@@ -127,6 +128,37 @@ def test_the_stage_gives_and_records_the_figures(shards: dict[str, str], tiny_mo
     assert tracked.data.tags["shards_hash"] == storage.read_manifest(shards["val"], "shards").hash
 
 
+def test_a_sample_is_spread_over_the_shards_and_scored_alone(shards: dict[str, str], tiny_model: str) -> None:
+    figures = run(EvaluateConfig(tiny_model, shards["train"], max_images=5))
+    chosen = [0, 2, 4, 7, 9]  # of 12
+    card = Scorecard(CLASSES, "prompt", 100, baselines=True)
+    card.merge(evaluator(tiny_model)(table_of(shards["train"]).take(chosen))["scores"][0].as_py())
+    assert figures.pop("images") == 5
+    assert figures.pop("images_per_second") > 0
+    assert figures == pytest.approx(card.compute())
+    assert run(EvaluateConfig(tiny_model, shards["val"], max_images=99))["images"] == 4
+
+
+def test_a_sample_of_many_lots_has_every_row_once(shards: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "READ_TOGETHER", 2)
+    manifest = storage.read_manifest(shards["train"], "shards")
+    sample = evaluate._rows(shards["train"], manifest, 7).take_all()
+    whole = table_of(shards["train"])["image_id"].to_pylist()
+    assert sorted(row["image_id"] for row in sample) == sorted(whole[k * 12 // 7] for k in range(7))
+
+
+def test_very_many_boxes_give_a_warning_that_names_the_option(
+    shards: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = replace(storage.read_manifest(shards["val"], "shards"), counts={"images": 1_000_000, "boxes": 10**7})
+    evaluate._warn(500_000, manifest)
+    assert capsys.readouterr().err == "", "5 million boxes"
+    evaluate._warn(1_000_000, manifest)
+    assert re.search(
+        r"10,000,000 boxes takes at least 33 GiB .* and 60 minutes .* --max-images", capsys.readouterr().err
+    )
+
+
 def test_bad_requests_are_refused(shards: dict[str, str], tiny_model: str, detector: str, tmp_path: Path) -> None:
     good = EvaluateConfig(tiny_model, shards["val"])
     other = boxinst.ModelConfig(classes=("x",), backbone="resnet18", width=16, fpn_channels=16, detect=False)
@@ -142,6 +174,7 @@ def test_bad_requests_are_refused(shards: dict[str, str], tiny_model: str, detec
             run(replace(good, **change))  # type: ignore[arg-type]
     for change, message in [
         ({"mode": "guess"}, r"--mode: guess\. Give prompt or detect"),
+        ({"max_images": -1}, r"--max-images: -1\. Give 0 or more"),
         ({"max_detections": 0}, r"--max-detections: 0\. Give 1 or more"),
         ({"score_threshold": 2.0}, r"--score-threshold: 2\.0\. Give a number from 0 to 1"),
     ]:

@@ -30,7 +30,8 @@ import torch
 
 from boxinst import Instances, Targets, rle
 from boxinst.metrics import filled_box
-from pipelines import coco, feed, maskrows, review, selection, shards, storage
+from pipelines import coco, feed, maskrows, pieces, review, selection, shards, storage
+from pipelines.config import CutConfig
 from pipelines.maskrows import BoxMask
 from pipelines.schema import MASK_SCHEMA, SHARD_SCHEMA, Category, File, Manifest
 from pipelines.scorecard import Scorecard
@@ -50,6 +51,31 @@ def shard_rows(images: int) -> list[dict[str, Any]]:
         {"image_id": k, "file_name": f"{k:09d}.jpg", "annotation_ids": [k * BOXES + n for n in range(BOXES)], **row}
         for k in range(images)
     ]
+
+
+def of_cut(root: Path, images: int) -> Callable[[], object]:
+    """`cut`: the whole command, into four pieces; the boxes are shuffled among the images."""
+    path, boxes = root / "corpus.json", images * BOXES
+    owners = np.random.default_rng(0).integers(0, images, boxes)
+    with path.open("w") as stream:
+        stream.write('{"categories": [{"id": 1, "name": "thing"}], "images": [')
+        for k in range(images):
+            entry = {"id": k, "file_name": f"{k:09d}.jpg", "width": SIDE, "height": SIDE}
+            stream.write(f"{', ' * (k > 0)}{json.dumps(entry)}")
+        stream.write('], "annotations": [')
+        for k, owner in enumerate(owners.tolist()):
+            box = [0.25 * (k % 1000), 30.5, 120.125, 90.0]
+            row = {"id": k, "image_id": owner, "category_id": 1, "bbox": box, "area": 10811.25, "iscrowd": 0}
+            stream.write(f"{', ' * (k > 0)}{json.dumps(row)}")
+        stream.write("]}")
+    config = CutConfig(str(path), f"{root}/pieces", images_per_piece=images // 4)
+    return lambda: pieces.run(config)
+
+
+def of_places(root: Path, images: int) -> Callable[[], object]:
+    """`cut`, between its readings: the images' ids are sorted, which they were not in the file."""
+    ids = np.random.default_rng(0).permutation(images)
+    return lambda: pieces.Places(ids, 1_000_000)
 
 
 def of_shard(root: Path, images: int) -> Callable[[], object]:
@@ -174,6 +200,8 @@ def of_train(root: Path, images: int) -> Callable[[], object]:
 
 
 STAGES: dict[str, tuple[Callable[[Path, int], Callable[[], object]], int]] = {
+    "`cut`: read twice, write four pieces": (of_cut, 100_000),
+    "`cut`: sort the ids of the images": (of_places, 10_000_000),
     "`shard`: read and plan the COCO JSON": (of_shard, 20_000),
     "any: write and read a manifest": (of_manifest, 10_000_000),
     "`train`: order an epoch": (of_train, 1_000_000),
