@@ -1,17 +1,21 @@
-"""What the tests share: one Ray cluster, one S3 server, one small corpus, its shards and a tiny model."""
+"""What the tests share: one Ray cluster, two S3 servers, one small corpus, its shards and a tiny model."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import swift_server
 from fault_proxy import FaultProxy
 
 if TYPE_CHECKING:
@@ -45,14 +49,11 @@ def s3_address(s3_proxy: FaultProxy) -> str:
     return s3_proxy.address
 
 
-@pytest.fixture(scope="session")
-def _s3_server(s3_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An S3 server in a process of its own."""
-    port = int(s3_proxy.upstream.rsplit(":", 1)[1])
-    log = tmp_path_factory.mktemp("s3") / "server.log"
-    words = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+@contextmanager
+def serving(words: list[str], port: int, log: Path) -> Iterator[None]:
+    """A server in a process of its own, which answers at ``port``."""
     with log.open("wb") as stream:
-        server = subprocess.Popen(words, stdout=stream, stderr=stream)
+        server = subprocess.Popen([sys.executable, *words], stdout=stream, stderr=stream)
     try:
         deadline = time.monotonic() + 120
         while server.poll() is None and time.monotonic() < deadline:
@@ -68,16 +69,53 @@ def _s3_server(s3_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -
         server.wait()
 
 
-@pytest.fixture
-def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
-    """``s3://bucket`` of a fresh, empty bucket on an S3 server on this machine."""
-    import hashlib
+@pytest.fixture(scope="session")
+def _s3_server(s3_proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """moto: it starts quickly, and knows users and their rights (IAM) too."""
+    port = int(s3_proxy.upstream.rsplit(":", 1)[1])
+    words = ["-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    with serving(words, port, tmp_path_factory.mktemp("s3") / "server.log"):
+        yield
 
+
+@pytest.fixture(scope="session")
+def _swift_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the S3 server that ``swift_server`` starts."""
+    if find_spec("swift") is None:
+        pytest.skip("OpenStack Swift, the second S3 server, is not installed: pip install swift")
+    folder, port = tmp_path_factory.mktemp("swift"), swift_server.free_port()
+    words = [swift_server.__file__, str(folder), str(port)]
+    with serving(words, port, folder / "server.log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+def new_bucket(request: pytest.FixtureRequest) -> str:
     import boto3
 
     bucket = "t" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
-    boto3.client("s3").create_bucket(Bucket=bucket)
+    boto3.Session().client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
+    """``s3://bucket`` of a fresh, empty bucket on an S3 server on this machine."""
+    return new_bucket(request)
+
+
+@pytest.fixture
+def swift(_swift_server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same on a second, stricter server, for this process alone: Ray's workers have the keys of the first."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _swift_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", swift_server.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", swift_server.SECRET)
+    return new_bucket(request)
+
+
+@pytest.fixture(params=["s3", "swift"])
+def each_s3(request: pytest.FixtureRequest) -> str:
+    """A bucket on one server, and on the other."""
+    return str(request.getfixturevalue(request.param))
 
 
 @pytest.fixture

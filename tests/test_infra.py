@@ -1,10 +1,8 @@
-"""What infra/ and its page say: valid by the schemas of those who read it, and every command one that exists."""
+"""What infra/ and its page say: valid by the schemas of those who read it, and what it describes runs as it says."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import importlib
 import json
 import os
 import re
@@ -14,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import tomllib
@@ -30,13 +27,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from commands import BIN, INFRA, ROOT, compose, config_of
 
-from jobs import cli, options
-
-ROOT = Path(__file__).parent.parent
-INFRA = ROOT / "infra"
 PAGE = (ROOT / "docs" / "infrastructure.md").read_text()
-BIN = Path(sysconfig.get_path("scripts"))
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
 
 COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml")
@@ -47,12 +40,6 @@ MANIFESTS = {
 }
 RAY = {key: content for key, content in MANIFESTS.items() if content["apiVersion"] == "ray.io/v1"}
 JOBS = {name: content["spec"] for (_, kind, name), content in RAY.items() if kind == "RayJob"}
-
-
-def compose() -> dict[str, Any]:
-    """compose.yaml as Compose sees it, every password being "secret"."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (INFRA / "compose.yaml").read_text())
-    return yaml.safe_load(re.sub(r"\$\{\w+:\?[^}]*\}", "secret", text))
 
 
 def cluster_spec(resource: dict[str, Any]) -> dict[str, Any]:
@@ -68,103 +55,6 @@ def templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
     """Every pod template: the head's, the workers', the submitter's."""
     submitter = resource["spec"].get("submitterPodTemplate")
     return [g["template"] for g in groups(cluster_spec(resource))] + ([submitter] if submitter else [])
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The config that ``boxinst WORDS`` would run with; what follows ``--`` of ``submit`` is read too."""
-    read, configs = options.parse_following, []
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        configs.append(read(*args, **kwargs)[1])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(options, "parse_following", stop)
-        status = cli.main(words)
-    assert configs, f"{shlex.join(words)}: refused with status {status}"
-    if words[0] == "submit":
-        config_of(words[words.index("--") + 1 :], monkeypatch)
-    return configs[0]
-
-
-def parse_fiftyone(words: list[str]) -> None:
-    """By the parser that FiftyOne's source defines. Importing it would start its database."""
-    source = Path(find_spec("fiftyone").submodule_search_locations[0], "core", "cli.py").read_text()  # type: ignore[union-attr,index]
-    name = "".join(word.capitalize() for word in words[:2]) + "Command"
-    (command,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
-    (setup,) = (n for n in command.body if isinstance(n, ast.FunctionDef) and n.name == "setup")
-    setup.decorator_list = []
-    scope: dict[str, Any] = {}
-    exec(compile(ast.Module([setup], []), name, "exec"), scope)
-    parser = argparse.ArgumentParser()
-    scope["setup"](parser)
-    parser.parse_args(words[2:])
-
-
-def commands() -> Iterator[list[str]]:
-    """Every command in infra/ and its page that calls a program which is installed here, without its duplicates."""
-    for service in compose()["services"].values():
-        yield service.get("command", [])
-        yield service["healthcheck"]["test"][1:]
-    cluster = yaml.safe_load((INFRA / "cluster.yaml").read_text())
-    yield from map(shlex.split, cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"])
-    for spec in JOBS.values():
-        yield shlex.split(spec["entrypoint"])
-    for resource in RAY.values():
-        for number, group in enumerate(groups(cluster_spec(resource))):
-            first = "--address=head:6379" if number else "--head"
-            yield ["ray", "start", first, *(f"--{k}={v}" for k, v in group["rayStartParams"].items())]
-    for option in re.findall(r"`(--[\w-]+=[^`]+)`", PAGE):  # of its table of log-ins
-        yield ["mlflow", "server", *shlex.split(option)]
-    for block in re.findall(r"(?m)(?:^ {4,}.*\n)+", PAGE):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(re.sub(r"^ *docker compose .* exec head ", "", line), comments=True)
-
-
-OURS = sorted(
-    {shlex.join(words) for words in commands() if words and words[0] in ("boxinst", "fiftyone", "mlflow", "ray")}
-)
-
-
-@pytest.mark.parametrize("command", OURS)
-def test_every_command_exists(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    program, *words = shlex.split(command)
-    if program == "boxinst":
-        config_of(words, monkeypatch)
-    elif program == "fiftyone":
-        parse_fiftyone(words)
-    else:
-        group = importlib.import_module({"mlflow": "mlflow.cli", "ray": "ray.scripts.scripts"}[program]).cli
-        group.commands[words[0]].make_context(words[0], words[1:]).close()
-
-
-def test_commands_are_found_in_every_file() -> None:
-    found = " ".join(OURS)
-    for words in ("ray start --head --block", "mlflow server", "fiftyone app launch", "boxinst demo", "ray up"):
-        assert words in found
-    for words in ("boxinst train --recipe coco_r50_1x", "boxinst segment --recipe", "--autoscaling-config", "ray exec"):
-        assert words in found
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "ray start --head --dashbord-host=0.0.0.0",
-        "mlflow server --artifact-destination=s3://b",
-        "fiftyone app launch --hots=x",
-        "boxinst train --recipe coco_r50_1x --shard s",
-        "boxinst train --recipe coco_r50_1y --shards s",
-    ],
-)
-def test_a_wrong_option_is_found(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import click
-
-    with pytest.raises((SystemExit, click.UsageError, AssertionError)):
-        test_every_command_exists(command, monkeypatch)
 
 
 # --- compose --------------------------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def test_a_corpus_keeps_of_a_large_folder_only_what_it_names(proxy: FaultProxy) 
     assert [reject["reason"] for reject in corpus.rejects] == ["missing file"]
 
 
-def test_folders_on_s3(s3: str) -> None:
+def test_folders_on_s3(each_s3: str) -> None:
+    s3 = each_s3
     for name in ("a/1", "a/2", "a/b/3", "ab/4"):
         storage.write_bytes(f"{s3}/{name}", name.encode())
     storage.filesystem(s3).create_dir(f"{s3.removeprefix('s3://')}/a/marked")

@@ -20,10 +20,10 @@ from pipelines.schema import MANIFEST, Category, File, Manifest
 SCHEMA = pa.schema([("n", pa.int64()), ("image", pa.binary())])
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "swift"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place on this machine, or on S3."""
-    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3")
+    """An empty place on this machine, or on one of two S3 servers."""
+    return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue(request.param)
 
 
 def table(*numbers: int) -> pa.Table:
@@ -73,6 +73,7 @@ def test_parquet_entry_is_that_of_the_file(root: str) -> None:
     assert found.num_row_groups == 2
 
 
+@pytest.mark.parametrize("root", ["local", "s3"], indirect=True)  # the server whose keys Ray's workers have
 def test_ray_reads_the_files(root: str, ray_session: None) -> None:
     import ray
 
@@ -165,7 +166,7 @@ def each_call(uri: str) -> list[str]:
     return messages
 
 
-def test_no_such_bucket(s3: str) -> None:
+def test_no_such_bucket(each_s3: str) -> None:
     for message in each_call("s3://no-such-bucket-here/prefix"):
         assert "s3://no-such-bucket-here: no such bucket at http://127.0.0.1" in message
         assert "create it" in message
@@ -213,6 +214,15 @@ def test_refused_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_wrong_secret_by_a_server_that_checks_it(swift: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{swift}/a", b"before")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-somebody-else")
+    for message in each_call(f"{swift}/prefix"):
+        assert f"{swift}: " in message
+        assert "secret key does not belong" in message
+        assert "of-somebody-else" not in message
 
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3: str) -> None:
