@@ -76,7 +76,7 @@ def run(config: TrainConfig) -> TrainResult:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
             GPUs; a loss or gradient that is not finite.
     """
-    storage.check(config.shards, config.val, settings.store())
+    check_storage(config)
     folder = storage.join(settings.store(), "runs", config.name)
     with claims.held(folder, "--name") as claim:
         return _run(config, folder, claim)
@@ -119,6 +119,11 @@ def _run(config: TrainConfig, folder: str, claim: claims.Claim) -> TrainResult:
 
 
 # What is checked before any work.
+
+
+def check_storage(config: TrainConfig) -> None:
+    """See that every bucket that the training will read or write, or MLflow for it, lets us in."""
+    storage.check(config.shards, config.val, config.init, settings.store(), tracking.artifacts(config.name))
 
 
 def open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
