@@ -41,10 +41,11 @@ def main(argv: Sequence[str]) -> int:
     """Walk as ``argv`` asks."""
     config = options.parse(DemoConfig, argv, command="demo", about=__doc__)
     from jobs import findings, walk
-    from pipelines import storage, synthetic
+    from pipelines import storage, synthetic, tracking
 
     name = config.name or (PurePosixPath(storage.absolute(config.corpus)).name if config.corpus else "shapes")
     folder = storage.join(settings.store(), "demo", name)
+    storage.check(config.corpus, folder, tracking.artifacts(name))
     drawn = settings.home() / "demo" / name / "corpus"
     if not config.corpus and not (drawn / "annotations" / "instances_val_boxes.json").exists():  # the last one written
         synthetic.write(synthetic.SyntheticConfig(out=str(drawn)))

@@ -48,6 +48,7 @@ def training(words: Sequence[str], wanted: PlanConfig) -> tuple[TrainConfig, For
     _, config = options.parse_following(TrainConfig, words, command="train", about=__doc__, follow=linear_rule)
     from pipelines import plan, train
 
+    train.check_storage(config)
     index, val = train.open_shards(config)
     complete, init = train.complete(config, index)
     return config, plan.training(complete, init, index, val, wanted)

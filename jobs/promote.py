@@ -60,7 +60,10 @@ def decide(config: Options) -> registry.PromoteResult:
     """Score candidate and champion on the same shards, and let the gate decide."""
     from pipelines import evaluate, registry, storage
 
+    storage.check(config.shards)
     candidate, champion = registry.contenders(config)
+    for version in filter(None, (candidate, champion)):  # both, before the first is scored
+        registry.resolve(version.uri)
     shards = storage.read_manifest(config.shards, "shards")
     scores = [evaluate.run(replace(config, model=v.uri)) for v in (candidate, champion) if v]
     on = f"{config.shards} ({shards.hash})"

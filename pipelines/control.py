@@ -63,7 +63,7 @@ class Control:
         return self._failure
 
     def use(self, worker: str, used: dict[str, float]) -> None:
-        """By a worker, again and again: what it has used up to now; see ``observe.used``."""
+        """By a worker, again and again: what it has used up to now; see ``observe.used``. By a data task, once."""
         self._used[worker] = used
 
     def used(self) -> list[dict[str, float]]:

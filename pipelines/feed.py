@@ -31,9 +31,21 @@ READ_ROWS = 512
 READ_BYTES = 128 * 2**20
 """Bytes read together, about."""
 
+REQUESTS = 3
+"""To a store, for a row group: the size of its file, the directory at the end of that, and the columns together."""
+
 EPOCH = pa.field("epoch", pa.int64())
 STREAM_SCHEMA = SHARD_SCHEMA.append(EPOCH)
 """A row of the stream: of the shards, with the epoch it is seen in."""
+
+
+@dataclass
+class Tally:
+    """What has been read of a store, counted where it is asked for: again, where a request was made again."""
+
+    requests: int = 0
+    bytes: int = 0
+    """Of the columns."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,13 @@ class ShardIndex:
         count = min(len(self), limit) if limit else len(self)
         return np.linspace(0, len(self), count, endpoint=False).astype(np.int64)
 
-    def read(self, rows: NDArray[np.int64]) -> pa.Table:
-        """The given rows, in the order given; a row may be asked for twice. Each row group is read once."""
+    def read(self, rows: NDArray[np.int64], tally: Tally | None = None) -> pa.Table:
+        """The given rows, in the order given; a row may be asked for twice. Each row group is read once.
+
+        Args:
+            rows: by their numbers in the corpus.
+            tally: to which the reading is added.
+        """
         if not len(rows):
             return SHARD_SCHEMA.empty_table()
         of_row = np.searchsorted(self.starts, rows, side="right") - 1
@@ -90,14 +107,18 @@ class ShardIndex:
         for group in np.unique(of_row):
             path, number = self.groups[group]
             mine = np.flatnonzero(of_row == group)
-            table = patiently(functools.partial(_row_group, self.fs, path, number))
+            table = patiently(functools.partial(_row_group, self.fs, path, number, tally or Tally()))
             tables.append(table.take(rows[mine] - self.starts[group]))
             places.append(mine)
         return pa.concat_tables(tables).take(np.argsort(np.concatenate(places)))
 
 
-def _row_group(fs: pafs.FileSystem, path: str, number: int) -> pa.Table:
-    return storage.open_parquet(fs, path).read_row_group(number, columns=SHARD_SCHEMA.names)
+def _row_group(fs: pafs.FileSystem, path: str, number: int, tally: Tally) -> pa.Table:
+    tally.requests += REQUESTS
+    file = storage.open_parquet(fs, path)
+    group = file.metadata.row_group(number)
+    tally.bytes += sum(group.column(k).total_compressed_size for k in range(group.num_columns))
+    return file.read_row_group(number, columns=SHARD_SCHEMA.names)
 
 
 def read_lot(lot: pa.Table, *, index: ShardIndex) -> pa.Table:
@@ -133,11 +154,14 @@ class Stream:
             order = epoch_order(self.index.starts, self.index.rows_at_once, self.seed, epoch)
             yield epoch, order[max(start - epoch * size, 0) : stop - epoch * size]
 
-    def read(self, start: int, stop: int) -> pa.Table:
-        """The samples at these positions, as ``STREAM_SCHEMA``; none when ``stop`` is not beyond ``start``."""
+    def read(self, start: int, stop: int, tally: Tally | None = None) -> pa.Table:
+        """The samples at these positions, as ``STREAM_SCHEMA``; none when ``stop`` is not beyond ``start``.
+
+        The reading is added to ``tally``.
+        """
         tables = [STREAM_SCHEMA.empty_table()]
         for epoch, rows in self.rows(start, stop):
-            table = self.index.read(rows)
+            table = self.index.read(rows, tally)
             tables.append(table.append_column(EPOCH, pa.array(np.full(len(table), epoch))).cast(STREAM_SCHEMA))
         return pa.concat_tables(tables)
 

@@ -212,8 +212,12 @@ def find(command: str, config: Any) -> Forecast | None:
     return Forecast(command, Work(**kept["work"]), Trial(**kept["trial"]), kept["price"])
 
 
+WAITING = 0.1
+"""Share of its time that a training worker waits for data from which on that is its bottleneck."""
+
+
 def compare(planned: Forecast, outcome: Outcome) -> str:
-    """A table: what was planned, what came of it, and the ratio of the two."""
+    """A table: what was planned, what came of it, and the ratio of the two. Only what a run measures is in it."""
     seconds = planned.seconds + planned.trial.start_seconds
     rows: list[tuple[str, float, float, Callable[[float], str]]] = [
         ("hours", seconds / 3600, outcome.seconds / 3600, "{:.3f}".format),
@@ -228,12 +232,28 @@ def compare(planned: Forecast, outcome: Outcome) -> str:
             rows.append((name, plan, outcome.used[key] * 1e9, size))
     if "data_wait" in outcome.used:
         rows.append(("data wait", planned.data_wait, outcome.used["data_wait"], "{:.0%}".format))
+    for name, key, plan, show in (
+        ("store requests", "store_requests", planned.work.requests, "{:,.0f}".format),
+        ("store bytes", "store_bytes", planned.work.bytes, size),
+    ):
+        if key in outcome.used:
+            rows.append((name, plan, outcome.used[key], show))
     if planned.price:
         ratio = outcome.seconds / seconds
-        rows.append(("money", planned.money, planned.money * ratio, "{:,.2f}".format))
-    head = f"  {'start included':16}{'planned':>12}{'came to':>12}{'ratio':>8}"
-    lines = [f"  {name:16}{show(plan):>12}{show(real):>12}{_ratio(real, plan):>8}" for name, plan, real, show in rows]
-    return "\n".join([head, *lines])
+        for name, money in (("money", planned.money), ("per million boxes", planned.money_per_million_boxes)):
+            rows.append((name, money, money * ratio, "{:,.2f}".format))
+    lines = [("start included", "planned", "came to", "ratio")]
+    lines += [(name, show(plan), show(real), _ratio(real, plan)) for name, plan, real, show in rows]
+    if "data_wait" in outcome.used:
+        lines.append(("bottleneck", planned.bottleneck, _bottleneck(outcome.used), "-"))
+    return "\n".join(f"  {name:19}{plan:>18}{real:>18}{ratio:>8}" for name, plan, real, ratio in lines)
+
+
+def _bottleneck(used: Mapping[str, float]) -> str:
+    """Of a training that has run, as far as its wait for data tells: not which part of the data's way took the time."""
+    if used["data_wait"] >= WAITING:
+        return "store or decode"
+    return "GPU" if "gpu_memory" in used else "CPU"
 
 
 def _ratio(real: float, planned: float) -> str:

@@ -82,10 +82,13 @@ def use(control: Any, **shares: float) -> None:
 
 
 def used(workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The most memory in GB that a worker of a run has used, and the mean of its other figures; by the same names."""
+    """Of all workers, by the same names: most memory in GB, sum of what a store was asked, mean of the rest."""
     names = {name for worker in workers for name in worker}
     figures = {name: [worker[name] for worker in workers if name in worker] for name in names}
-    return {k: max(v) if k.endswith("memory") else sum(v) / len(v) for k, v in figures.items()}
+    return {
+        k: max(v) if k.endswith("memory") else sum(v) / (1 if k.startswith("store_") else len(v))
+        for k, v in figures.items()
+    }
 
 
 @functools.cache

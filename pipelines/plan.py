@@ -36,6 +36,7 @@ def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
     Raises:
         InputError: as the command itself would.
     """
+    storage.check(config.shards, config.output, config.coco, config.model)
     index = _open(config.shards)
     counts = index.manifest.counts
     folder = registry.resolve(config.model)

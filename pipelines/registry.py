@@ -204,6 +204,7 @@ def _fetch(location: str, uri: str) -> Path:
     stamp = location
     if parsed.scheme == "s3":
         # A folder in a bucket may be written anew, so what it holds is part of the name of its copy.
+        storage.check(location)  # what stands behind a registered name is nowhere else looked at
         storage.check_readable(location, "model")
         files = storage.list_files(location)
         stamp += json.dumps([(name, info.size, info.mtime_ns) for name, info in files.items()])

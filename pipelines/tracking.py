@@ -151,6 +151,20 @@ class Run:
             print(f"MLflow at {where} does not answer: it still shows {self.run_id} as RUNNING.", file=sys.stderr)
 
 
+def artifacts(experiment: str) -> str:
+    """Where MLflow keeps the files of an experiment; of one that is new, as far as it is known here.
+
+    Raises:
+        InputError: the server does not answer.
+    """
+    uri = settings.mlflow_uri()
+    _check_answers(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return settings.artifacts_uri()  # to ask would make the database
+    found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    return found.artifact_location if found else settings.artifacts_uri()
+
+
 def deliver(patience: float) -> str:
     """Send what the joined runs of this process have recorded, for at most ``patience`` seconds.
 

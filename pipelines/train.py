@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,7 +30,7 @@ from boxinst.tensors import load_strict
 from pipelines import best, checkpoint, claims, cluster, inference, observe, registry, settings, storage, tracking
 from pipelines.config import MAY_CHANGE, TrainConfig
 from pipelines.control import Control
-from pipelines.feed import Augment, ShardIndex, Stream
+from pipelines.feed import Augment, ShardIndex, Stream, Tally
 from pipelines.train_job import RECORD, Job
 
 __all__ = ["TrainConfig", "TrainResult", "run"]
@@ -64,7 +65,8 @@ class TrainResult:
     warnings: list[str] = field(default_factory=list)
     """What looks wrong at its end, and which option to change."""
     used: dict[str, float] = field(default_factory=dict)
-    """By this command's workers: ``memory`` and ``gpu_memory``, the most of one in GB; ``data_wait``, mean share."""
+    """By this command's workers: ``memory`` and ``gpu_memory``, the most of one in GB; ``data_wait``, mean share;
+    ``store_requests`` and ``store_bytes``, all that its data tasks have asked of the store, validations left out."""
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -76,7 +78,7 @@ def run(config: TrainConfig) -> TrainResult:
         InputError: the shards, the model to start from or the run to resume do not fit the config; too few CPUs or
             GPUs; a loss or gradient that is not finite.
     """
-    storage.check(config.shards, config.val, settings.store())
+    check_storage(config)
     folder = storage.join(settings.store(), "runs", config.name)
     with claims.held(folder, "--name") as claim:
         return _run(config, folder, claim)
@@ -119,6 +121,11 @@ def _run(config: TrainConfig, folder: str, claim: claims.Claim) -> TrainResult:
 
 
 # What is checked before any work.
+
+
+def check_storage(config: TrainConfig) -> None:
+    """See that every bucket that the training will read or write, or MLflow for it, lets us in."""
+    storage.check(config.shards, config.val, config.init, settings.store(), tracking.artifacts(config.name))
 
 
 def open_shards(config: TrainConfig) -> tuple[ShardIndex, ShardIndex | None]:
@@ -276,7 +283,13 @@ def _stream(job: Job, index: ShardIndex) -> Callable[[], ray.data.Dataset]:
 
     def read(number: pa.Table) -> pa.Table:
         first = ray.get(control.start.remote()) * batch_size + number["id"][0].as_py() * at_once
-        return stream.read(first, min(first + at_once, end))
+        tally = Tally()
+        table = stream.read(first, min(first + at_once, end), tally)
+        # Under a name of its own: a task that is done again has asked the store again.
+        if tally.requests:
+            share = {"store_requests": tally.requests, "store_bytes": tally.bytes}
+            ray.get(control.use.remote(uuid.uuid4().hex, share))
+        return table
 
     def augment_behind(table: pa.Table) -> pa.Table:
         # Ray decodes ahead as fast as it can. On the same cores the training goes first: where it has to wait for

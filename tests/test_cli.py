@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+import pyarrow as pa
 import pytest
 
 from boxinst.errors import InputError
@@ -265,3 +268,89 @@ def test_figures_are_shown_beside_their_baselines() -> None:
     assert box.split()[:4] == ["filled", "box", "0.5000", "0.2000"]
     assert rest.split() == ["box_iou", "0.9900"]
     assert table({"box_iou": 0.99}).split() == ["box_iou", "0.9900"], "without masks there are no baselines to show"
+
+
+# Storage is looked at before any cluster.
+
+GONE = "s3://no-such-bucket"
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's, with an experiment and a model "gone", whose bucket has been removed since."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("gone") / "mlflow.db"
+    api = MlflowClient(tracking_uri=f"sqlite:///{file}")
+    api.create_experiment("gone", artifact_location=f"{GONE}/mlartifacts")
+    api.create_registered_model("gone")
+    for _ in range(2):
+        api.create_model_version("gone", f"{GONE}/mlartifacts/model")
+    api.set_registered_model_alias("gone", "champion", "1")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("words", "store"),
+    [
+        (["shard", "--annotations", f"{GONE}/a.json", "--images", "HERE", "--out", "HERE/out"], ""),
+        (["shard", "--annotations", "HERE", "--images", f"{GONE}/images", "--out", "HERE/out"], ""),
+        (["shard", "--annotations", "HERE", "--images", "HERE", "--out", f"{GONE}/out"], ""),
+        (["train", "--shards", f"{GONE}/shards", "--steps", "1"], ""),
+        (["train", "--shards", "HERE/shards", "--val", f"{GONE}/val", "--steps", "1"], ""),
+        (["train", "--shards", "HERE/shards", "--steps", "1"], GONE),
+        (["train", "--shards", "HERE/shards", "--steps", "1", "--init", "models:/gone/1"], ""),
+        (["train", "--shards", "HERE/shards", "--steps", "1", "--name", "gone"], ""),  # its experiment's artifacts
+        (["evaluate", "--model", f"{GONE}/model", "--shards", "HERE/shards"], ""),
+        (["evaluate", "--model", "HERE", "--shards", f"{GONE}/shards"], ""),
+        (["evaluate", "--model", "models:/gone/1", "--shards", "HERE/shards"], ""),
+        (["segment", "--model", "HERE", "--shards", f"{GONE}/shards"], ""),
+        (["segment", "--model", "HERE", "--shards", "HERE/shards", "--out", f"{GONE}/out"], ""),
+        (["segment", "--model", "HERE", "--shards", "HERE/shards", "--coco", f"{GONE}/results.json"], ""),
+        (["segment", "--model", "HERE", "--shards", "HERE/shards"], GONE),
+        (["segment", "--model", "models:/gone@champion", "--shards", "HERE/shards"], ""),
+        (["plan", "segment", "--model", "HERE", "--shards", "HERE/shards", "--out", f"{GONE}/out"], ""),
+        (["plan", "segment", "--model", "HERE", "--shards", "HERE/shards", "--coco", f"{GONE}/results.json"], ""),
+        (["plan", "segment", "--model", "models:/gone@champion", "--shards", "HERE/shards"], ""),
+        (["plan", "train", "--shards", f"{GONE}/shards", "--steps", "1"], ""),
+        (["plan", "train", "--shards", "HERE/shards", "--steps", "1"], GONE),
+        (["plan", "train", "--shards", "HERE/shards", "--steps", "1", "--name", "gone"], ""),
+        (["promote", "--name", "gone", "--shards", f"{GONE}/shards"], ""),
+        (["promote", "--name", "gone", "--shards", "HERE/shards"], ""),  # the candidate is lost
+        (["review", "--masks", f"{GONE}/masks", "--shards", "HERE/shards"], ""),
+        (["review", "--masks", "HERE", "--shards", f"{GONE}/shards"], ""),
+        (["feedback", "--out", f"{GONE}/next.json"], ""),
+        (["feedback", "--out", "HERE/next.json", "--shards", f"{GONE}/shards"], ""),
+        (["import", "HERE/model.pth", "--from", "mmdet", "--out", f"{GONE}/model"], ""),
+        (["demo"], GONE),
+        (["demo", "--corpus", f"{GONE}/corpus"], ""),
+        (["demo", "--name", "gone"], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_bucket_that_does_not_exist_is_named_before_any_cluster_work(
+    words: list[str],
+    store: str,
+    database: Path,
+    s3: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipelines import cluster, storage
+    from pipelines.schema import SHARD_SCHEMA, Category, Manifest
+
+    monkeypatch.setenv("BOXINST_STORE", store)
+    monkeypatch.setattr(cluster, "start", lambda **_: pytest.fail("work on the cluster has begun"))
+    if "gone" in " ".join(words):
+        home.mkdir()
+        shutil.copy(database, home / "mlflow.db")
+    row = {"image_id": 1, "file_name": "a.png", "image": b"", "width": 4, "height": 4, "labels": [0]}
+    row |= {"annotation_ids": [1], "boxes": [[0.0, 0.0, 2.0, 2.0]], "masks": [None], "crowd": [False]}
+    out = str(tmp_path / "shards")
+    file = storage.write_parquet(f"{out}/a.parquet", [pa.Table.from_pylist([row], SHARD_SCHEMA)], SHARD_SCHEMA)
+    storage.write_manifest(out, Manifest("shards", [Category(1, "a")], [file], {"images": 1, "boxes": 1}))
+    words = [word.replace("HERE", str(tmp_path)) for word in words]
+    with pytest.raises(InputError, match=f"^{GONE}: no such bucket at http://127"):
+        importlib.import_module(cli.module(words[0])).main(words[1:])
+    assert not (home / "demo").exists(), "nor is a corpus drawn"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from boxinst import rle
 from boxinst.config import AugmentConfig
 from pipelines import feed, storage
 from pipelines.augmentation import augment_table
-from pipelines.feed import Augment, ShardIndex, Stream, epoch_order
+from pipelines.feed import Augment, ShardIndex, Stream, Tally, epoch_order
 from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 
 
@@ -83,6 +84,28 @@ def test_the_index_knows_every_row_group(index: ShardIndex) -> None:
     assert len(index) == 13
     assert index.starts.tolist() == [0, 4, 6, 12, 13]
     assert index.read(np.arange(13))["file_name"].to_pylist() == [f"{k}.png" for k in range(13)]
+
+
+def test_what_is_read_is_counted_and_a_second_attempt_too(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [pq.ParquetFile(path).metadata.row_group(k) for path, k in index.groups]
+    sizes = [sum(group.column(k).total_compressed_size for k in range(group.num_columns)) for group in groups]
+    tally = Tally()
+    index.read(np.array([12, 0, 3]), tally)
+    assert (tally.requests, tally.bytes) == (2 * feed.REQUESTS, sizes[3] + sizes[0])
+    Stream(index, 0).read(0, 26, tally)
+    assert (tally.requests, tally.bytes) == (10 * feed.REQUESTS, sizes[3] + sizes[0] + 2 * sum(sizes))
+
+    opened = iter([OSError("AWS Error NETWORK_CONNECTION"), None])
+
+    def cut_off(*asked: Any) -> pq.ParquetFile:
+        if error := next(opened):
+            raise error
+        return pq.ParquetFile(asked[1])
+
+    monkeypatch.setattr(storage, "open_parquet", cut_off)
+    again = Tally()
+    index.read(np.array([0]), again)
+    assert (again.requests, again.bytes) == (2 * feed.REQUESTS, sizes[0])
 
 
 def test_any_rows_can_be_read_in_any_order(index: ShardIndex) -> None:

@@ -16,7 +16,7 @@ from boxinst.errors import InputError
 from jobs import cli
 from pipelines import forecast, storage, trial
 from pipelines.config import SegmentConfig
-from pipelines.feed import ShardIndex
+from pipelines.feed import ShardIndex, Tally
 from pipelines.forecast import Forecast, Outcome, PlanConfig, Trial, Work
 from pipelines.schema import SHARD_SCHEMA
 
@@ -105,16 +105,37 @@ def test_the_comparison_gives_ratios() -> None:
     planned = Forecast("segment", WORK, TRIED, 3)
     expected = planned.seconds + TRIED.start_seconds
     outcome = Outcome(expected * 2, output_bytes=2_000_000, used={"memory": 1.5, "data_wait": 0.25})
-    lines = forecast.compare(planned, outcome).splitlines()
-    ratios = {line[:14].strip(): line.split()[-1] for line in lines[1:]}
-    assert ratios == {
+    assert ratios(forecast.compare(planned, outcome)) == {
         "hours": "2.00",
         "images/s": "0.50",
         "storage": "0.50",
         "memory": "1.50",
         "data wait": "-",  # none was expected
         "money": "2.00",
+        "per million boxes": "2.00",
+        "bottleneck": "-",
     }
+    free = forecast.compare(replace(planned, price=0), replace(outcome, used={}))
+    assert list(ratios(free)) == ["hours", "images/s", "storage"], "what was not measured is not shown"
+
+
+def ratios(compared: str) -> dict[str, str]:
+    """The last column of a comparison, by name."""
+    return {line[:20].strip(): line.split()[-1] for line in compared.splitlines()[1:]}
+
+
+def test_the_comparison_shows_what_was_read_and_what_held_the_run_up() -> None:
+    planned = Forecast("train", replace(WORK, decodes_in_worker=False), TRIED, 3)
+    used = {"data_wait": 0.02, "store_requests": 150, "store_bytes": 5e7}
+    shown = forecast.compare(planned, Outcome(planned.seconds, 0, used))
+    assert (ratios(shown)["store requests"], ratios(shown)["store bytes"]) == ("1.50", "0.50")
+    money = planned.price * planned.work.workers * planned.seconds / 3600
+    million = re.search(r"per million boxes +\S+ +(\S+)", shown)
+    assert million is not None
+    assert float(million[1]) == pytest.approx(money / planned.work.boxes * 1e6, abs=0.005)
+    for more, said in (({}, "CPU"), ({"gpu_memory": 1.0}, "GPU"), ({"data_wait": 0.3}, "store or decode")):
+        shown = forecast.compare(planned, Outcome(planned.seconds, 0, used | more))
+        assert re.search(r"bottleneck +CPU \(the network\) +(.*?) +-$", shown, re.MULTILINE)[1] == said  # type: ignore[index]
 
 
 def test_a_sample_is_read_as_the_store_would_be_asked(shards: dict[str, str]) -> None:
@@ -136,9 +157,10 @@ def test_a_store_gets_the_requests_that_are_counted(shards: dict[str, str], s3: 
         storage.write_bytes(f"{s3}/shards/{file.name}", file.read_bytes())
     index = ShardIndex.open(f"{s3}/shards")
     reading = trial.read(index, 5, SHARD_SCHEMA.names)
-    before = len(s3_proxy.keys)
-    index.read(np.arange(4))  # as a training does, within one row group
-    assert len(s3_proxy.keys) - before == reading.opening + reading.group
+    before, tally = len(s3_proxy.keys), Tally()
+    index.read(np.arange(4), tally)  # as a training does, within one row group
+    assert len(s3_proxy.keys) - before == reading.opening + reading.group == tally.requests
+    assert tally.bytes == pytest.approx(reading.group_bytes, rel=0.01)
 
 
 def rows(shown: str) -> dict[str, str]:
@@ -215,6 +237,9 @@ def test_a_training_shows_what_came_of_its_plan(
     assert "Planned, and what came of it" in came_to.out
     assert 0.9 < float(re.search(r"storage .* (\S+)\n", came_to.out)[1]) < 1.2  # type: ignore[index]
     assert re.search(r"^  data wait  .*%", came_to.out, re.MULTILINE)
+    assert re.search(r"^  store requests +6 +6 +1.00$", came_to.out, re.MULTILINE), "one row group, in two epochs"
+    assert re.search(r"^  store bytes .* 1.00$", came_to.out, re.MULTILINE)
+    assert re.search(r"^  bottleneck .*(store or decode|CPU) +-$", came_to.out, re.MULTILINE)
     assert "MLflow run: " in came_to.err
 
 
