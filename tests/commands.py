@@ -297,17 +297,17 @@ READERS: dict[str, Reader] = {
 OPTIONAL = {
     "aws": "PyPI has it as awscli, among the packages for development",
     "docker": "Debian has it as docker.io",
-    "buildx": "a plugin of docker, in none of PyPI, Debian 12 and npm",
-    "compose": "Compose 2, a plugin of docker, in none of PyPI, Debian 12 (which has 1.29) and npm",
+    "buildx": "a plugin of docker, which Debian 12 has not",
+    "compose": "Compose 2, a plugin of docker; Debian 12 has 1.29 alone",
     "kubectl": "Debian has it as kubernetes-client",
-    "helm": "in none of PyPI, Debian 12 and npm; https://helm.sh has it",
+    "helm": "not in Debian 12; https://helm.sh has it",
     "mongosh": "npm has it as mongosh",
 }
 """Programs that a machine may lack, and where they are to be had. Without them the tests of their commands skip."""
 
 UNREAD = {
-    "weed mini -dir=/data -bucket=boxinst -admin.ui=false": "SeaweedFS is in no registry; its options were read in "
-    "weed/command/mini.go",
+    "weed mini -dir=/data -bucket=boxinst -admin.ui=false": "no package of SeaweedFS was found on PyPI, npm or in "
+    "Debian 12; the options were read in its source, weed/command/mini.go",
     "aws configure export-credentials --format env": "in version 2 of AWS's program alone, which is not on PyPI",
 }
 """The commands that nobody is asked about, word by word, and why. Any other is asked about."""

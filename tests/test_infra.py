@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ import jsonschema
 import pytest
 import yaml
 from commands import BIN, INFRA, ROOT, compose, config_of
+from packaging.specifiers import SpecifierSet
+from swift_server import free_port
 
 PAGE = (ROOT / "docs" / "infrastructure.md").read_text()
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
@@ -351,6 +352,33 @@ def third_party() -> set[str]:
     return names - set(sys.stdlib_module_names)
 
 
+def test_the_cpu_image_differs_in_the_index_of_torch_alone(tmp_path: Path) -> None:
+    """What the CPU's branch hands to uv. That PyTorch's own index, where uv then looks, has these versions without
+    CUDA is not tested: tests reach the usual index at most. The packages of the other branch are installed below.
+    """
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\nprintf "%s\\n" "${UV_TORCH_BACKEND-none}" "$@"\n')
+    uv.chmod(0o755)
+
+    def handed(device: str) -> list[str]:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
+        step = subprocess.run(["sh", "-ec", install_steps()[0]], env=environment, capture_output=True, text=True)
+        return step.stdout.splitlines()
+
+    assert handed("cpu")[0] == "cpu"
+    assert handed("gpu")[0] == "none"
+    assert handed("cpu")[1:] == handed("gpu")[1:]
+    assert handed("tpu") == []
+    (tmp_path / "nothing.in").touch()
+    real = BIN / "uv" if (BIN / "uv").exists() else Path(shutil.which("uv") or pytest.skip("uv is not installed"))
+    for backend, known in (("cpu", True), ("cpus", False)):
+        environment = os.environ | {"UV_TORCH_BACKEND": backend, "UV_OFFLINE": "1"}
+        read = [real, "pip", "compile", tmp_path / "nothing.in"]
+        assert (subprocess.run(read, env=environment, capture_output=True).returncode == 0) == known
+    for name in ("torch", "torchvision"):
+        assert SpecifierSet(f"=={LOCK[name]}").contains(f"{LOCK[name]}+cpu"), "the lock admits the build without CUDA"
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
@@ -398,12 +426,6 @@ def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
 
 
 # --- MLflow on PostgreSQL and S3 ------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

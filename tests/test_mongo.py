@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pymongo
 import pytest
+from commands import BIN, ROOT, compose
+from pymongo.errors import OperationFailure
+from swift_server import free_port
 
 from boxinst.errors import InputError
 from pipelines import mongo
@@ -88,3 +98,102 @@ def test_a_database_that_does_not_start_names_its_log(monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="does not start") as error:
         mongo._start(tmp_path)
     assert "mongod.log" in error.value.remedy
+
+
+# --- a database that asks for a password, as in compose.yaml ---
+
+PASSWORD = "hunter2-of-the-database"
+REVIEW = """
+from pipelines import mongo
+mongo.connect()
+import fiftyone as fo
+dataset = fo.Dataset("cells", persistent=True)
+dataset.add_sample(fo.Sample("a.png", boxes=fo.Detections(detections=[fo.Detection(label="cell")])))
+dataset.reload()
+print([(s.filename, s.boxes.detections[0].label) for s in dataset])
+"""
+
+
+@contextmanager
+def _asking(folder: Path) -> Iterator[str]:
+    """HOST:PORT of a MongoDB that knows one user, made as the image of compose.yaml makes it."""
+    user = compose()["services"]["mongo"]["environment"]["MONGO_INITDB_ROOT_USERNAME"]
+    port = free_port()
+    command = [mongo._mongod(), "--auth", "--dbpath", str(folder), "--port", str(port), "--bind_ip", "127.0.0.1"]
+    server = subprocess.Popen([*command, "--nounixsocket"], stdout=subprocess.DEVNULL)
+    try:
+        with pymongo.MongoClient[Any](f"mongodb://127.0.0.1:{port}", serverSelectionTimeoutMS=60_000) as client:
+            client.admin.command("createUser", user, pwd=PASSWORD, roles=["root"])  # allowed to the first from here
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _as_in_compose(place: str, password: str = PASSWORD) -> str:
+    address = str(compose()["services"]["fiftyone"]["environment"][mongo.ADDRESS])
+    return address.replace("mongo:27017", place).replace(":secret@", f":{password}@")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # FiftyOne alone takes minutes to import where many things run
+def test_a_review_is_kept_where_a_password_is_asked_for(tmp_path: Path) -> None:
+    with _asking(tmp_path) as place:
+        address = _as_in_compose(place)
+        environment = os.environ | {mongo.ADDRESS: address}
+        words = [sys.executable, "-c", REVIEW]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == "[('a.png', 'cell')]", done.stderr
+        assert PASSWORD not in done.stdout + done.stderr
+        with pymongo.MongoClient[Any](address) as user:
+            assert [dataset["name"] for dataset in user["fiftyone"]["datasets"].find()] == ["cells"]
+        with (
+            pytest.raises(OperationFailure, match="requires authentication"),
+            pymongo.MongoClient[Any](f"mongodb://{place}") as nobody,
+        ):
+            nobody.list_database_names()
+
+
+def test_a_wrong_password_is_named_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _asking(tmp_path) as place:
+        monkeypatch.setenv(mongo.ADDRESS, _as_in_compose(place, password="wrong-hunter2"))
+        with pytest.raises(InputError) as error:
+            mongo.connect()
+    assert place in str(error.value)
+    assert "hunter2" not in str(error.value) + "".join(capfd.readouterr())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # it takes minutes where many things run
+def test_the_app_of_compose_answers(tmp_path: Path) -> None:
+    service, port = compose()["services"]["fiftyone"], free_port()
+    here = {
+        "fiftyone": str(BIN / "fiftyone"),
+        "--address=0.0.0.0": "--address=127.0.0.1",
+        "--port=5151": f"--port={port}",
+    }
+    words = [here.get(word, word) for word in service["command"]]
+    assert service["restart"] == "unless-stopped"  # FiftyOne gives up where its own server takes too long to start
+    (tmp_path / "database").mkdir()
+    log = tmp_path / "app.log"
+    with _asking(tmp_path / "database") as place, log.open("wb") as out:
+        environment = os.environ | {mongo.ADDRESS: _as_in_compose(place), "FIFTYONE_DO_NOT_TRACK": "true"}
+        start = partial(subprocess.Popen, words, env=environment, cwd=tmp_path, stdout=out, stderr=out, process_group=0)
+        apps = [start()]
+        try:
+            while True:  # until the test's own limit
+                if apps[-1].poll() is not None:
+                    assert "failed to bind to port" in log.read_text(), log.read_text()
+                    apps.append(start())
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert b"FiftyOne" in answer.read()
+                    break
+                time.sleep(0.5)
+        finally:
+            for app in apps:
+                with suppress(ProcessLookupError):
+                    os.killpg(app.pid, signal.SIGKILL)
+                app.wait()
+    assert PASSWORD not in log.read_text()
