@@ -6,11 +6,15 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from jobs import cli, findings, walk
 from jobs.report import Quality, Report, Step
+from pipelines import settings, storage
 
 
 def png(color: str) -> bytes:
@@ -98,3 +102,20 @@ def test_curves_are_drawn_line_by_line(report: Report) -> None:
     assert "pairwise" in charts[0]
     drawn = [len(re.findall(r"<path [^>]*stroke-width: 1.6", chart)) for chart in charts]
     assert drawn == [2 + 2, 0], "two lines and their two keys; nothing where there are no points"
+
+
+def test_the_report_lies_in_the_store_on_s3(
+    report: Report, s3: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BOXINST_STORE", f"{s3}/store")
+    corpus = settings.home() / "demo" / "shapes" / "corpus"  # as if drawn before
+    for name in ("images/1.png", *(f"annotations/instances_{k}.json" for k in ("train", "val", "val_boxes"))):
+        storage.write_bytes(str(corpus / name), b"{}")
+    monkeypatch.setattr(walk, "go", lambda path: path)  # all between the corpus and the report is tested elsewhere
+    page = report.html()
+    monkeypatch.setattr(findings, "report", lambda path, outcome: SimpleNamespace(html=lambda: page))
+    monkeypatch.setattr(findings, "table", lambda path, outcome: "")
+    assert cli.main(["demo"]) == 0
+    assert storage.read_bytes(f"{s3}/store/demo/shapes/report.html").decode() == page
+    assert f"Made a report: {s3}/store/demo/shapes/report.html" in capsys.readouterr().out
+    assert list(home.rglob("*.html")) == []
