@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -19,12 +20,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 from boxinst.errors import InputError
 from jobs import cli, submit
-from pipelines import launch, remote_jobs, secrets
+from pipelines import launch, remote_jobs, secrets, storage
 from pipelines.launch import SubmitConfig
+from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,6 +195,54 @@ def test_a_detached_job_goes_on_alone(
     file.touch()
     assert cli.main(["submit", "logs", job[1], "--address", address]) == 3
     assert re.search(r"at work\s+seen", capfd.readouterr().out)
+
+
+TINY = "--steps 1 --batch-size 2 --precision fp32 --cpus-per-worker 1 --data-workers 1 --augment.crop 64"
+TINY += " --model.backbone resnet18 --model.width 16 --model.fpn-channels 16 --model.no-detect --model.mask-stride 4"
+TINY += " --model.mask-branch-channels 16 --model.mask-branch-layers 1"
+
+
+def drawn_shards(out: str) -> str:
+    """Two noisy images with a box each."""
+    rows = []
+    for number in (1, 2):
+        png = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(png, "png")
+        row = {"image_id": number, "file_name": f"{number}.png", "image": png.getvalue(), "width": 96, "height": 96}
+        row |= {"annotation_ids": [number], "boxes": [[10.0, 10.0, 60.0, 60.0]], "labels": [0], "crowd": [False]}
+        rows.append(row | {"masks": [None]})
+    file = storage.write_parquet(f"{out}/a.parquet", [pa.Table.from_pylist(rows, SHARD_SCHEMA)], SHARD_SCHEMA)
+    storage.write_manifest(out, Manifest("shards", [Category(1, "a")], [file], {"images": 2, "boxes": 2}))
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_mlflow_and_all_that_is_kept_know_nothing_of_a_secret(
+    head: tuple[str, Path],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    address, folder = head
+    secret = "correct horse battery staple"
+    monkeypatch.setenv("THE_SECRET", secret)
+    shards, masks = drawn_shards(str(tmp_path / "shards")), str(home / "masks")
+    options = ["--address", address, "--secret", "THE_SECRET", "--env", f"BOXINST_HOME={home}"]
+    for words in (
+        ["train", "--shards", shards, "--name", "discreet", *TINY.split()],
+        ["segment", "--shards", shards, "--model", "models:/discreet/1", "--out", masks],
+    ):
+        status = cli.main(["submit", *options, "--", *words])
+        shown = capfd.readouterr()
+        assert status == 0, shown.out
+        assert secret not in shown.out + shown.err
+    assert storage.read_manifest(masks, "masks").counts["boxes"] == 2
+    assert [p.name for p in files_with("discreet", home) if p.name == "mlflow.db"], "the search does find what is there"
+    assert list(home.glob("mlartifacts/**/model.safetensors"))
+    assert files_with(secret, home) == files_with(secret, folder) == []
 
 
 @pytest.mark.long
