@@ -24,13 +24,15 @@ from mlflow.models import EvaluationResult, MetricThreshold, Model, ModelSignatu
 from mlflow.models.evaluation.validation import ModelValidationFailedException
 from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
+import boxinst
 from boxinst.errors import InputError
 from boxinst.tensors import CONFIG_FILE, WEIGHTS_FILE
 from pipelines import settings, storage
 from pipelines.promotion import PromoteConfig, Promotion, check_name, limits, replay, table
 from pipelines.schema import Category
 
-_ROOT = Path(__file__).resolve().parent.parent
+_SCIENCE, _HERE = (Path(file).resolve().parent for file in (boxinst.__file__, __file__))
+"""The packages that a model needs, each by itself: in a submitted job they do not lie beside each other."""
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pycocotools", "safetensors", "torch", "torchvision")
 _SIGNATURE = ModelSignature(
     # AnyType for the boxes: MLflow refuses whole numbers in an array of doubles.
@@ -279,9 +281,9 @@ def register(
         with mlflow.start_run(run_id=run_id, nested=True):
             logged = mlflow.pyfunc.log_model(
                 name="model",
-                python_model=str(_ROOT / "pipelines" / "pyfunc_model.py"),
+                python_model=str(_HERE / "pyfunc_model.py"),
                 artifacts={"model": str(model_dir)},
-                code_paths=[str(_ROOT / "boxinst"), str(_ROOT / "pipelines")],
+                code_paths=[str(_SCIENCE), str(_HERE)],
                 pip_requirements=[f"{package}=={installed(package)}" for package in _REQUIREMENTS],
                 signature=_SIGNATURE,
             )

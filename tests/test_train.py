@@ -25,7 +25,7 @@ from boxinst.config import AugmentConfig, LossConfig, ModelConfig
 from boxinst.errors import InputError
 from pipelines import registry, settings, storage
 from pipelines.control import Control
-from pipelines.feed import ShardIndex, Stream
+from pipelines.feed import ShardIndex, Stream, Tally
 from pipelines.guards import collapsed_masks
 from pipelines.schema import Category
 from pipelines.train import TrainConfig, TrainResult, _stream, run
@@ -140,6 +140,10 @@ def test_mlflow_holds_all_that_makes_the_run_repeatable(
     assert 0 <= kept.data.metrics["train/data_wait"] <= 1
     assert 0 <= whole.used["data_wait"] <= 1
     assert 0.1 < whole.used["memory"] < 10, "GB"
+    tally = Tally()
+    Stream(ShardIndex.open(config.shards), config.seed).read(0, STEPS * config.batch_size, tally)
+    assert whole.used["store_requests"] == tally.requests > 0
+    assert whole.used["store_bytes"] == tally.bytes > 10_000
     for name in ("mask_iou", "mask_ap", "box_iou", "spill", "fill_over_95", "fill_under_05"):
         assert steps_of(f"val/{name}") == [3, STEPS], name
         assert whole.metrics[name] == kept.data.metrics[f"val/{name}"]
@@ -250,6 +254,10 @@ def test_two_workers_stay_in_step_and_end_alike_when_one_dies(config: TrainConfi
     pair = replace(config, name="pair", workers=2, steps=8, register=False)
     unbroken = run(pair)
     assert (unbroken.status, unbroken.steps, unbroken.metrics) == ("finished", 8, {})
+    client = MlflowClient(tracking_uri=settings.mlflow_uri())
+    written = {key: client.get_metric_history(unbroken.run_id, key) for key in ("train/loss", "train/data_wait")}
+    for key, entries in written.items():
+        assert [entry.step for entry in entries] == [2, 4, 6, 8], f"{key}: one entry a step, by the first worker alone"
 
     def kill_a_worker() -> None:
         below = {p.pid for p in psutil.Process().children(recursive=True)}
