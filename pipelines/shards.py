@@ -147,6 +147,7 @@ def _plan(corpus: Corpus, files: dict[str, storage.Entry], target: int) -> list[
 def _write_shards(corpus: Corpus, files: dict[str, storage.Entry], config: ShardConfig) -> list[dict[str, Any]]:
     """Run one task per shard and return their rows of ``_DONE_SCHEMA``, in order."""
     cluster.start()
+    observe.count("shard", rejects=len(corpus.rejects))
     plan = _plan(corpus, files, config.target_mb << 20)
     labels = {category.id: label for label, category in enumerate(corpus.categories)}
     task = {"images_uri": config.images, "out": config.output, "exif": config.exif, "labels": labels}

@@ -67,6 +67,7 @@ def test_the_node_serves_what_the_workers_count(
     before = served()
     labels = json.loads(Path(corpus.val).read_text())
     labels["annotations"][0]["bbox"][2] = -1
+    labels["images"].append({"id": 10**6, "file_name": "missing.png", "width": 8, "height": 8})
     (tmp_path / "val.json").write_text(json.dumps(labels))
     out = str(tmp_path / "shards")
     manifest = run(ShardConfig(annotations=str(tmp_path / "val.json"), images=corpus.images, out=out))
@@ -86,7 +87,7 @@ def test_the_node_serves_what_the_workers_count(
     wanted = {
         ("images_total", "shard"): manifest.counts["images"],
         ("boxes_total", "shard"): manifest.counts["boxes"],
-        ("rejects_total", "shard"): 1,
+        ("rejects_total", "shard"): 2,  # one that a worker finds, and one found before they start
         ("images_total", "segment"): len(rows),
         ("boxes_total", "segment"): broken + whole,
         ("mask_rows_total", "segment"): broken + whole,
