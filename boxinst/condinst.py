@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from boxinst import predict
-from boxinst.backbone import FPN, ResNet
+from boxinst.backbone import FPN, Pointwise, ResNet
 from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
@@ -59,7 +59,7 @@ class MaskBranch(nn.Module):
 
         self.levels = levels
         self.refine = nn.ModuleList(block(in_channels) for _ in levels)
-        self.tower = nn.Sequential(*(block(channels) for _ in range(layers)), nn.Conv2d(channels, out_channels, 1))
+        self.tower = nn.Sequential(*(block(channels) for _ in range(layers)), Pointwise(channels, out_channels, 1))
 
     def forward(self, features: dict[int, Tensor]) -> Tensor:
         """Pyramid features by level → [N, out_channels, h, w] at the finest of its levels."""

@@ -217,3 +217,43 @@ def test_fixed_norm_is_frozen_batch_norm():
     gradients = (torch.autograd.grad(norm(x).square().sum(), x)[0] for norm in (ours, theirs))
     torch.testing.assert_close(*gradients)
     assert ours(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def one_thread():
+    """Torch with one thread on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 6, 33, 40), (2, 6, 34, 41), (2, 6, 3, 5), (0, 6, 32, 32)])
+def test_pointwise_is_a_convolution(shape, layout, bias, stride):
+    conv = torch.nn.Conv2d(6, 10, 1, stride=stride, bias=bias)
+    x = torch.randn(shape).to(memory_format=layout)
+    outs = {}
+    for name in ("pointwise", "reference"):
+        net = conv.to(torch.float32) if name == "pointwise" else conv.to(torch.float64)
+        net.__class__ = backbone.Pointwise if name == "pointwise" else torch.nn.Conv2d
+        given = x.to(net.weight.dtype).requires_grad_()
+        out = net(given)
+        outs[name] = [out, *torch.autograd.grad(out.square().sum(), [given, *net.parameters()])]
+    for ours, exact in zip(outs["pointwise"], outs["reference"], strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_pointwise_of_one_thread_takes_the_fast_library():
+    x = torch.randn(2, 16, 24, 24).to(memory_format=torch.channels_last)
+    conv = backbone.Pointwise(16, 8, 1).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        out = conv(x)
+    names = {event.name for event in profiler.events()}
+    assert "aten::mkldnn_convolution" in names
+    assert not names & {"aten::copy_", "aten::clone"}, "the rows are a view"
+    assert out.is_contiguous(memory_format=torch.channels_last)
