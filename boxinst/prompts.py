@@ -5,6 +5,7 @@ Shape letters: P boxes, m of them at a time, C mask channels, K parameters of a 
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,10 @@ OUTSIDE = -30.0
 
 CELLS_AT_ONCE = 2**21
 """Bound on instances × mask cells handled at once: about 130 MB of features at 16 channels."""
+
+PIXELS_KEPT = 2**26
+"""Bound on the pixels of boxes whose windows are kept where masks share no pixel: 5 bytes and more for each, 335 MB.
+Where an image has more of them, its windows are computed twice."""
 
 _Window: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Boxes in windows of one size: which boxes, int64 [m]; the first pixel (x, y) of each window, int64 [m, 2]; its pixels
@@ -117,11 +122,14 @@ def prompt_masks(
     masks = _blank_masks(len(boxes), height, width)
     raw = torch.full((len(boxes), height, width), OUTSIDE) if logits else None
     scores = torch.zeros(len(boxes))
-    windows: Iterable[_Window] = _box_windows(model, features, parameters, boxes, (height, width), views)
+    compute = functools.partial(_box_windows, model, features, parameters, boxes, (height, width), views)
+    windows: Iterable[_Window] = compute()
     surest: Tensor | None = None
-    if model.config.exclusive:
-        windows = list(windows)  # a pixel's owner is known when all boxes have been seen
+    if model.config.exclusive:  # a pixel's owner is known when all boxes have been seen
+        few = float((boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sum()) <= PIXELS_KEPT
+        windows = list(windows) if few else windows
         surest = _surest(windows, (seen.shape[1], seen.shape[2]))
+        windows = windows if few else compute()
     for who, corners, inside, fine in windows:
         rows, columns = fine.shape[1:]
         probability = fine.sigmoid() * inside

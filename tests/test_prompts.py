@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from boxinst import prompts
 from boxinst.condinst import CondInst
 from boxinst.config import ModelConfig
 from boxinst.dynamic import box_masks
@@ -38,9 +39,11 @@ def picture() -> Tensor:
     return torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("kept", [0, prompts.PIXELS_KEPT])
 @pytest.mark.parametrize("views", [1, 4])
-def test_a_pixel_belongs_to_the_surest_mask(views: int) -> None:
-    """Against a loop over all pixels, from masks that may overlap."""
+def test_a_pixel_belongs_to_the_surest_mask(views: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop over all pixels, from masks that may overlap; with all windows in memory, and computed again."""
+    monkeypatch.setattr(prompts, "PIXELS_KEPT", kept)
     (shared,) = segment(network(views, exclusive=False), [picture()], [BOXES], logits=True)
     (owned,) = segment(network(views, exclusive=True), [picture()], [BOXES], logits=True)
     assert shared.mask_logits is not None
