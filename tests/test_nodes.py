@@ -154,7 +154,16 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(
 # What a run leans on goes away. One worker, in a cluster of the command's own.
 
 
-def test_a_full_disk_ends_a_training_and_the_last_checkpoint_is_kept(tmp_path: Path, shards: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def alone(home: Path, shards: dict[str, str]) -> dict[str, Any]:
+    """Result of such a run that nothing disturbed."""
+    nodes.run(*train("alone", shards, "--workers", "1"), home=home, log=home / "log")
+    return result(home, "alone")
+
+
+def test_a_full_disk_ends_a_training_and_the_last_checkpoint_is_kept(
+    tmp_path: Path, shards: dict[str, str], alone: dict[str, Any]
+) -> None:
     runs = tmp_path / "home" / "runs"
     runs.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(runs)], capture_output=True)
@@ -179,8 +188,8 @@ def test_a_full_disk_ends_a_training_and_the_last_checkpoint_is_kept(tmp_path: P
         assert kept >= at
         (runs / "filler").unlink()
         nodes.run(*words, home=tmp_path / "home", log=tmp_path / "log")
-        ended = result(tmp_path / "home", "full")
-        assert (ended["status"], ended["resumed_from"]) == ("finished", kept)
+        assert result(tmp_path / "home", "full")["resumed_from"] == kept
+        assert_same_end(tmp_path / "home", "full", alone, at)
     finally:
         subprocess.run(["umount", "--lazy", str(runs)], check=True)
 
@@ -207,7 +216,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[None]:
         nodes.kill_all(server)
 
 
-def test_the_tracking_server_is_away_for_a_while(tmp_path: Path, shards: dict[str, str]) -> None:
+def test_the_tracking_server_is_away_for_a_while(tmp_path: Path, shards: dict[str, str], alone: dict[str, Any]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -223,7 +232,10 @@ def test_the_tracking_server_is_away_for_a_while(tmp_path: Path, shards: dict[st
         stack.enter_context(mlflow_server(tmp_path, port))
         assert command.wait(nodes.LIMIT) == 0, (tmp_path / "log").read_text()
         client = MlflowClient(tracking_uri=variables["MLFLOW_TRACKING_URI"])
-        run_id = result(home, "away")["run_id"]
+        ended = result(home, "away")
+        assert (ended["status"], ended["resumed_from"]) == ("finished", 0)
+        assert ended["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+        run_id = ended["run_id"]
         history = [metric.step for metric in client.get_metric_history(run_id, "train/loss")]
         assert history == list(range(1, 17))
         assert client.get_run(run_id).info.status == "FINISHED"
