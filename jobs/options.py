@@ -68,7 +68,8 @@ def parse_following(
     where = f"recipe {recipe}, {command}"
     default = with_values(config_class, section, where=where)
     recipes = f"\n\n--recipe NAME|FILE sets defaults (shipped: {', '.join(recipe_names())})." * (command in SECTIONS)
-    description = (about or "").strip() + recipes
+    # The parser runs lines together, but for those that start with a blank: each example stays a line.
+    description = re.sub("^boxinst ", "  boxinst ", (about or "").strip(), flags=re.MULTILINE) + recipes
 
     def read(base: Config) -> Config:
         return tyro.cli(config_class, args=argv, default=base, prog=f"boxinst {command}", description=description)

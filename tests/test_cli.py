@@ -234,6 +234,10 @@ def test_every_command_runs_as_a_module_and_explains_itself(name: str, tmp_path:
     assert done.returncode == 0, done.stderr
     assert f"usage: boxinst {name}" in done.stdout
     assert ("--recipe NAME|FILE" in done.stdout) == (name in options.SECTIONS)
+    about = (importlib.import_module(cli.module(name)).__doc__ or "").splitlines()
+    examples = {line.strip() for line in about if line.lstrip().startswith(f"boxinst {name}")}
+    assert examples
+    assert examples <= {line.strip() for line in done.stdout.splitlines()}, "each example on a line of its own"
     assert not (tmp_path / "home").exists(), "--help must not leave anything behind"
 
 
