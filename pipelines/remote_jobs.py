@@ -121,7 +121,8 @@ class _Log:
         async with aclosing(client.tail_job_logs(job)) as lines:
             while True:
                 try:
-                    text = await asyncio.wait_for(anext(lines), SILENCE)
+                    async with asyncio.timeout(SILENCE):  # wait_for loses a Ctrl-C that comes together with a line
+                        text = await anext(lines)
                 except (StopAsyncIteration, TimeoutError):
                     return
                 self.came = time.monotonic()
