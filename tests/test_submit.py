@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -16,14 +17,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from ray.job_submission import JobSubmissionClient
 
 from boxinst.errors import InputError
 from jobs import cli, submit
@@ -282,6 +285,20 @@ except KeyboardInterrupt:
     for words, said in (([], "job: not given"), (["nobody"], "the cluster knows no such job")):
         assert cli.main(["submit", "stop", *words, "--address", address]) == 2
         assert said in capfd.readouterr().err
+
+
+def test_ctrl_c_that_comes_together_with_a_line_is_not_lost() -> None:
+    class Client:
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            for number in range(100):
+                if number == 10:
+                    signal.raise_signal(signal.SIGINT)
+                yield f"line {number}.\n"
+                if number == 50:
+                    await asyncio.sleep(0)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(remote_jobs._Log().follow(cast(JobSubmissionClient, Client()), "job"))
 
 
 @contextmanager
