@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Before any library reads them: small thread pools on small machines, no waiting for a credential service.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+# What a shell starts in the background ignores Ctrl-C, and so do its children; the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
