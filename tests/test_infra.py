@@ -58,6 +58,26 @@ def templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
     return [g["template"] for g in groups(cluster_spec(resource))] + ([submitter] if submitter else [])
 
 
+def size(quantity: str) -> int:
+    """Bytes, as Compose (2gb) and Kubernetes (2Gi) write them."""
+    number, unit = re.fullmatch(r"(\d+)([a-z]+)", quantity.lower()).groups()  # type: ignore[union-attr]
+    return int(number) << {"mb": 20, "mi": 20, "gb": 30, "gi": 30}[unit]
+
+
+def option(command: list[str], name: str) -> str | None:
+    """The value of ``--name=VALUE`` among the words."""
+    return next((word.partition("=")[2] for word in command if word.startswith(f"--{name}=")), None)
+
+
+def object_store(shared: int, memory: int, asked: str | None, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most that Ray's object store takes where ``shared`` bytes of shared memory are free, by Ray's own rule."""
+    from ray._private import utils
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "get_shared_memory_bytes", lambda: shared)
+        return utils.resolve_object_store_memory(memory, int(asked) if asked else None)
+
+
 # --- compose --------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +117,14 @@ def test_compose_holds_together() -> None:
     every = {name for text in [(INFRA / "compose.yaml").read_text()] for name in re.findall(r"\$\{(\w+):\?", text)}
     assert all(name in PAGE for name in every), "the page's line makes every password"
     assert ".env" in (INFRA / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize("name", ["head", "worker"])
+def test_composes_objects_live_in_shared_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the store is larger than the shared memory, Ray lays it on disk with no more than a warning."""
+    node = compose()["services"][name]
+    shared = size(node["shm_size"])
+    assert 0 < object_store(shared, 1 << 40, option(node["command"], "object-store-memory"), monkeypatch) <= shared
 
 
 # --- Ray's launcher -------------------------------------------------------------------------------------------------
@@ -216,6 +244,16 @@ def test_a_jobs_cluster_is_what_its_command_asks_for(name: str, monkeypatch: pyt
         pod = group["template"]["spec"]
         if "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]:
             assert any(t["key"] == "nvidia.com/gpu" for t in pod["tolerations"])
+
+
+@pytest.mark.parametrize("key", RAY, ids="-".join)
+def test_the_pods_objects_live_in_shared_memory(key: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for group in groups(cluster_spec(RAY[key])):
+        pod = group["template"]["spec"]
+        (shared,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "shm")
+        memory = size(pod["containers"][0]["resources"]["limits"]["memory"])
+        asked = group.get("rayStartParams", {}).get("object-store-memory")
+        assert 0 < object_store(shared, memory, asked, monkeypatch) <= shared, group.get("groupName", "head")
 
 
 def test_the_cluster_to_work_on_grows() -> None:
