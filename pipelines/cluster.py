@@ -113,7 +113,8 @@ def _start_local(cpus: int) -> None:
 def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
     """Make sure that the cluster can run ``workers`` workers beside the tasks that feed them.
 
-    An actor pool that reserves every CPU waits for ever without an error, so one CPU must stay free.
+    An actor pool that reserves every CPU waits for ever without an error, so one CPU must stay free. The same holds
+    where nodes come on demand: what has begun takes those that are there, and waits for the others without an end.
 
     Args:
         workers: number of workers that run at the same time.
@@ -127,11 +128,13 @@ def check(workers: int, cpus: float = 1, gpus: float = 0) -> None:
         raise InputError("--workers", workers, "Give 1 or more.")
     have = ray.cluster_resources()
     have_cpus, have_gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    most = int((have_cpus - 1) // cpus) if cpus else workers
+    most = max(0, int((have_cpus - 1) // cpus)) if cpus else workers
     if gpus:
         most = min(most, int(have_gpus // gpus))
     if workers > most:
         remedy = f"Give at most {most}, or add nodes." if most else "Add nodes to the cluster, or ask for less."
+        if not have_cpus:
+            remedy = "No worker has joined: wait until `ray status` shows them; ask for those that come on demand."
         need = f"{workers} (each {cpus:g} CPU, {gpus:g} GPU, and 1 CPU for the data)"
         raise InputError("--workers", f"{need}; the cluster has {have_cpus:g} CPU, {have_gpus:g} GPU", remedy)
 

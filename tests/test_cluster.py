@@ -50,6 +50,27 @@ def test_check_keeps_a_cpu_for_the_data(ray_session: None) -> None:
         cluster.check(0)
 
 
+@pytest.mark.parametrize("alone", [{}, {"GPU": 1.0}, {"CPU": 0.0}])
+def test_a_head_alone_has_room_for_nobody(alone: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import cluster
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: alone)  # of a head that coordinates and runs nothing else
+    with pytest.raises(
+        InputError, match=r"has 0 CPU, \d GPU\. No worker has joined: wait until `ray status` shows them"
+    ) as error:
+        cluster.check(2)
+    assert "-1" not in str(error.value)
+
+
+@pytest.mark.parametrize("cpus", [1.0, 2.0])
+def test_one_cpu_for_the_data_leaves_none(cpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import cluster
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(InputError, match=r"has 1 CPU, 0 GPU\. Add nodes to the cluster, or ask for less"):
+        cluster.check(1, cpus=cpus)
+
+
 def test_no_cluster_at_the_address() -> None:
     with socket.socket() as probe:  # a port that nobody listens on
         probe.bind(("127.0.0.1", 0))
