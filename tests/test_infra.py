@@ -357,8 +357,7 @@ def test_the_dockerfile_is_clean() -> None:
     assert done.returncode == 0, done.stdout
     text = (INFRA / "Dockerfile").read_text()
     assert re.findall(r"(?m)^USER (.*)", text) == ["1000"]
-    (version,) = re.findall(r"ARG BASE=python:([\d.]+)-", text)
-    assert f"--python-version {version} " in (ROOT / "Makefile").read_text(), "the Python of the lock"
+    assert f"--python-version {python_of_the_image()} " in (ROOT / "Makefile").read_text(), "the Python of the lock"
     allowed = {
         line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")
     }
@@ -366,11 +365,17 @@ def test_the_dockerfile_is_clean() -> None:
     assert {"pyproject.toml", "requirements.lock", "boxinst", "pipelines", "jobs"} <= allowed
 
 
-def install_steps() -> list[str]:
-    """The Dockerfile's steps that install with uv, as a shell runs them."""
+def python_of_the_image() -> str:
+    """Its version, such as 3.11."""
+    (version,) = re.findall(r"ARG BASE=python:([\d.]+)-", (INFRA / "Dockerfile").read_text())
+    return str(version)
+
+
+def install_steps(prefix: Path) -> list[str]:
+    """The Dockerfile's steps that install with uv, as a shell runs them, with ``prefix`` for the image's Python."""
     text = re.sub(r"(?m)^#.*\n", "", (INFRA / "Dockerfile").read_text()).replace("\\\n", " ")
     steps = [line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN ") and "uv pip" in line]
-    return [re.sub(r"--mount=\S+", "", step).strip() for step in steps]
+    return [re.sub(r"--mount=\S+", "", step).strip().replace("/usr/local/", f"{prefix}/") for step in steps]
 
 
 def third_party() -> set[str]:
@@ -400,10 +405,17 @@ def test_the_cpu_image_differs_in_the_index_of_torch_alone(tmp_path: Path) -> No
 
     def handed(device: str) -> list[str]:
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": device}
-        step = subprocess.run(["sh", "-ec", install_steps()[0]], env=environment, capture_output=True, text=True)
+        step = subprocess.run(
+            ["sh", "-ec", install_steps(tmp_path)[0]], env=environment, capture_output=True, text=True
+        )
         return step.stdout.splitlines()
 
+    database = tmp_path / "lib" / f"python{python_of_the_image()}" / "site-packages" / "fiftyone" / "db" / "bin"
+    database.mkdir(parents=True)
+    for name in ("mongod", "exception.txt"):
+        (database / name).touch()
     assert handed("cpu")[0] == "cpu"
+    assert [path.name for path in database.iterdir()] == ["exception.txt"], "the image has no MongoDB, as the page says"
     assert handed("gpu")[0] == "none"
     assert handed("cpu")[1:] == handed("gpu")[1:]
     assert handed("tpu") == []
@@ -429,7 +441,7 @@ def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
         if line.startswith("!"):
             copy = shutil.copytree if (ROOT / line[1:]).is_dir() else shutil.copy
             copy(ROOT / line[1:], source / line[1:])
-    steps = install_steps()
+    steps = install_steps(python.parent.parent)
     assert len(steps) == 2
     path = f"{uv.parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "VIRTUAL_ENV": str(python.parent.parent), "DEVICE": "gpu"}
@@ -451,6 +463,7 @@ def test_the_images_steps_make_a_working_environment(tmp_path: Path) -> None:
     for_development = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in extras["dev"]}
     assert not for_development & installed.keys()
     assert {"torch", "ray", "psycopg2-binary"} <= installed.keys()
+    assert not list(python.parent.parent.rglob("mongod"))
     found = "import importlib.util, sys; print([n for n in sys.argv[1:] if not importlib.util.find_spec(n)])"
     assert output(python, "-c", found, *third_party()).strip() == "[]"
     assert "usage: boxinst" in output(python.parent / "boxinst", "--help")
