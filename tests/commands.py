@@ -154,11 +154,15 @@ def everywhere() -> list[str]:
     return sorted(command for command in found if not re.search(r"…|(?<!=)(?<!//)\.\.\.", command))
 
 
+PLANNED = ("train", "segment")
+"""What `boxinst plan` is given."""
+
+
 # --- whom to ask ----------------------------------------------------------------------------------------------------
 
 
 def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The config that ``boxinst WORDS`` would run with; what follows ``--`` of ``submit`` is read too."""
+    """The config that ``boxinst WORDS`` would run with; the command that ``submit`` or ``plan`` is given is read too."""
     read, configs = options.parse_following, []
 
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -171,6 +175,8 @@ def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     assert configs, f"{shlex.join(words)}: refused with status {status}"
     if words[0] == "submit":
         config_of(words[words.index("--") + 1 :], monkeypatch)
+    if words[0] == "plan":
+        config_of(words[next(k for k, word in enumerate(words) if word in PLANNED) :], monkeypatch)
     return configs[0]
 
 
