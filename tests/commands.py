@@ -162,7 +162,7 @@ PLANNED = ("train", "segment")
 
 
 def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The config that ``boxinst WORDS`` would run with; the command that ``submit`` or ``plan`` is given is read too."""
+    """The config that ``boxinst WORDS`` would run with; the command given to ``submit`` or ``plan`` is read too."""
     read, configs = options.parse_following, []
 
     def stop(*args: Any, **kwargs: Any) -> None:
