@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from boxinst.errors import InputError
-from pipelines import secrets
+from pipelines import redaction, secrets
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 """Ray's variable for the address of the dashboard."""
@@ -38,7 +38,7 @@ class SubmitConfig:
     tree of this program, which is then used. Not for data: give paths that every node can read."""
     env: tuple[str, ...] = (
         *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
-        *("MLFLOW_TRACKING_URI", "BOXINST_HOME", "BOXINST_STORE"),
+        *("MLFLOW_TRACKING_URI", "BOXINST_STORE"),
     )
     """Variables for the job: NAME passes on this shell's value where it has one, NAME=VALUE sets it. The cluster shows
     and logs them."""
@@ -57,7 +57,7 @@ class SubmitConfig:
             if not os.environ.get(name):
                 raise InputError("--secret", f"{name} is not set", "Set it in this shell, or leave it out.")
         for name, value in variables(self).items():
-            if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value):
+            if _SECRET_NAME.search(name) or redaction.holds_secret(value):
                 remedy = f"The cluster would show and log it. Give it by `--secret {name}`."
                 raise InputError("--env", f"{name} holds a secret", remedy)
 
@@ -75,8 +75,13 @@ class JobConfig:
         check_address(self.address)
 
 
-_SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_SECRET_NAME = re.compile(
+    r"SECRET|TOKEN(?!IZ)|PASSW|PASSPHRASE|PASSCODE|CREDENTIAL|AUTHORIZATION"
+    r"|CREDS?(_|$)|(?<!COM)(?<!BY)PASS(_|$)|(?<=\w)(?<!OLD)PWD(_|$)|(?<!MON)KEYS?(_|$)|(^|_)(PAT|PRIVATE)$"
+    r"|AUTH(?!_(ENABLED|HOST|METHOD|MODE|PORT|PROVIDER|SOCK|TYPE|UR[IL])$)(_|$)",
+    re.IGNORECASE,
+)
+"""Rather one name too many than a secret for all to see: what is refused can be given by `--secret`."""
 
 
 def check_address(address: str) -> None:
