@@ -21,7 +21,7 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """``text`` without what ``holds_secret`` finds, the environment's AWS credentials, and what a job got as secrets."""
+    """``text`` without what ``holds_secret`` finds, the environment's AWS credentials, and the secrets of a job."""
     for pattern, kept in _PATTERNS:
         text = pattern.sub(kept, text)
     names = {*_VARIABLES, *os.environ.get(secrets.NAMES, "").split(",")}
