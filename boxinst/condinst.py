@@ -54,7 +54,7 @@ class MaskBranch(nn.Module):
 
         def block(inputs: int) -> nn.Sequential:
             conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # as published
             return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
         self.levels = levels

@@ -42,6 +42,7 @@ _TOWERS = 32
 """Most convolutions of a tower whose names are known: far more than anybody publishes."""
 
 _SCALES = "dense_head.scales.{a}"
+_SIZES_OF_INTEREST = "mask_head.sizes_of_interest"
 
 ADELAIDET: Names = (
     *((f"backbone.bottom_up.{there}", f"backbone.{here}") for there, here in DETECTRON2_BACKBONE),
@@ -120,6 +121,8 @@ class Translation:
     """Its tensors by this network's names; a name without a counterpart is kept, for strict loading to report."""
     names: Names
     """Pairs of names, elsewhere and here."""
+    missing: list[str]
+    """Names elsewhere of tensors that are not there and have no counterpart of their own here."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
@@ -142,13 +145,14 @@ def translate(
         content: the whole file, for what it says beside the tensors.
 
     Raises:
-        InputError: a tensor is missing without which nothing can be read off, the network is another one, or the number
-            of classes is.
+        InputError: the network is another one, or the number of classes is.
     """
+    missing: list[str] = []
     if layout == "adelaidet":
         names: Names = ADELAIDET
         own_input = {"stride_in_1x1": True, "pixel_std": (1.0, 1.0, 1.0)}
         named, notes = _from_adelaidet(state, source)
+        missing += [name for name in (_SIZES_OF_INTEREST,) if name not in state]
     else:
         names = mmdet_names(_count(state, r"mask_head\.mask_feature_head\.conv_branch\.(\d+)\."))
         own_input = {}
@@ -157,12 +161,11 @@ def translate(
         # The counter of the backbone's normalisation is of no use to fixed statistics.
         kept = (k for k in state if not (k.startswith("backbone.") and k.endswith("num_batches_tracked")))
         named, notes = {renamed(name, names): state[name] for name in kept}, []
+    back = [(here, there) for there, here in names]
     scales = [_SCALES.format(a=k) for k in range(len(DETECT_LEVELS))]
-    sizes = _Sizes(named, names, source)
-    for name in scales:
-        sizes.of(name)
-    named["dense_head.scales"] = torch.stack([named.pop(name).reshape(()) for name in scales])
-    return Translation(_config(sizes, classes, own_input), named, names, notes)
+    missing += [renamed(name, back) for name in scales if name not in named]
+    named["dense_head.scales"] = torch.stack([named.pop(name, torch.ones(1)).reshape(()) for name in scales])
+    return Translation(_config(_Sizes(named), classes, own_input, source), named, names, missing, notes)
 
 
 def _from_adelaidet(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -172,7 +175,7 @@ def _from_adelaidet(state: Mapping[str, Tensor], source: str) -> tuple[dict[str,
     if auxiliary:
         notes.append(f"{len(auxiliary)} tensors of the semantic branch are left out: it only serves training.")
     for name, tensor in state.items():
-        if name == "mask_head.sizes_of_interest":
+        if name == _SIZES_OF_INTEREST:
             if tensor.tolist() != list(SIZES_OF_INTEREST):
                 remedy = f"This network has {[int(s) for s in SIZES_OF_INTEREST]}: it cannot be imported."
                 raise InputError(f"{source}, {name}", tensor.tolist(), remedy)
@@ -216,36 +219,34 @@ class _Sizes:
     """What can be read off a checkpoint's tensors, by this network's names."""
 
     state: Mapping[str, Tensor]
-    names: Names
-    source: str
 
-    def of(self, name: str) -> int:
-        """Length of the first axis of a tensor, which must be there."""
-        if name not in self.state:
-            there = renamed(name, [(here, there) for there, here in self.names])
-            remedy = "Give a whole BoxInst or CondInst checkpoint with ResNet and FPN, and --from as its origin."
-            raise InputError(self.source, f"missing {there}", remedy)
-        tensor = self.state[name]
-        return tensor.shape[0] if tensor.ndim else 1
+    def of(self, name: str, published: int) -> int:
+        """Length of the first axis of a tensor; as published where it is missing, for strict loading to report with
+        whatever else is."""
+        tensor = self.state.get(name)
+        return tensor.shape[0] if tensor is not None and tensor.ndim else published
 
 
-def _config(sizes: _Sizes, classes: Sequence[str] | None, own_input: dict[str, Any]) -> ModelConfig:
+def _config(sizes: _Sizes, classes: Sequence[str] | None, own_input: dict[str, Any], source: str) -> ModelConfig:
     """The network that the tensors are for."""
-    state, source = sizes.state, sizes.source
+    state = sizes.state
     layers = _count(state, r"mask_branch\.tower\.(\d+)\.[01]\.")
-    mask_channels = sizes.of(f"mask_branch.tower.{layers}.weight")
+    mask_channels = sizes.of(f"mask_branch.tower.{layers}.weight", 16)
     levels = _count(state, r"mask_branch\.refine\.(\d+)\.")
     towers = [_count(state, rf"dense_head\.{tower}_tower\.(\d+)\.", each=3) for tower in ("class", "box")]
     if levels != 3:
-        raise InputError(source, f"{levels} levels in the mask branch", "Give a checkpoint with P3, P4 and P5 there.")
+        remedy = "Give a whole BoxInst or CondInst checkpoint, with P3, P4 and P5 there, and --from as its origin."
+        raise InputError(source, f"{levels} levels in the mask branch", remedy)
     if towers[0] != towers[1]:
         value = f"{towers[0]} convolutions in the class tower, {towers[1]} in the box tower"
         raise InputError(source, value, "This network has as many in both: it cannot be imported.")
-    channels = sizes.of("fpn.lateral.3.weight")
+    channels = sizes.of("fpn.lateral.3.weight", 256)
+    count = sizes.of("dense_head.class_logits.weight", len(classes or COCO_CLASSES))
+    parameters = sizes.of("dense_head.controller.weight", HeadShape(mask_channels).num_parameters)
     return ModelConfig(
-        classes=_classes(sizes.of("dense_head.class_logits.weight"), classes, source),
+        classes=_classes(count, classes, source),
         backbone=_backbone(state, source),
-        width=sizes.of("backbone.conv1.weight"),
+        width=sizes.of("backbone.conv1.weight", 64),
         frozen_norm=True,
         frozen_stages=2,
         fpn_channels=channels,
@@ -253,10 +254,10 @@ def _config(sizes: _Sizes, classes: Sequence[str] | None, own_input: dict[str, A
         dense_layers=towers[0],
         head_groups=0 if channels == 256 else 32,
         mask_stride=8,
-        mask_branch_channels=sizes.of("mask_branch.refine.0.0.weight"),
+        mask_branch_channels=sizes.of("mask_branch.refine.0.0.weight", 128),
         mask_branch_layers=layers,
         mask_channels=mask_channels,
-        head_channels=_head_channels(sizes.of("dense_head.controller.weight"), mask_channels, source),
+        head_channels=_head_channels(parameters, mask_channels, source),
         head_layers=_HEAD_LAYERS,
         **own_input,
     )
@@ -274,11 +275,15 @@ def _backbone(state: Mapping[str, Tensor], source: str) -> str:
 
 def _head_channels(parameters: int, mask_channels: int, source: str) -> int:
     """Channels of the dynamic head that has so many parameters."""
-    for channels in range(1, 257):
-        if HeadShape(mask_channels, channels, _HEAD_LAYERS).num_parameters == parameters:
-            return channels
-    value = f"{parameters} parameters of an instance at {mask_channels} mask channels"
-    remedy = f"No head of {_HEAD_LAYERS} layers that reads relative coordinates has so many: it cannot be imported."
+    sizes = {c: HeadShape(mask_channels, c, _HEAD_LAYERS).num_parameters for c in range(1, 257)}
+    nearest = min(sizes, key=lambda channels: abs(sizes[channels] - parameters))
+    if sizes[nearest] == parameters:
+        return nearest
+    value = f"{parameters} parameters of an instance"
+    remedy = (
+        f"The nearest head that this network can have has {sizes[nearest]} (model.head_channels {nearest}, "
+        f"model.mask_channels {mask_channels}, {_HEAD_LAYERS} layers, relative coordinates): it cannot be imported."
+    )
     raise InputError(source, value, remedy)
 
 

@@ -2,7 +2,7 @@
 
 A ResNet comes in two layouts. torchvision's has the names of this package's own backbone, takes RGB divided by its
 deviation, and halves the resolution in the 3×3 convolution of a bottleneck. Detectron2's (the ResNets of Caffe) has
-other names, takes BGR in 0..255 less its mean, and halves it in the first 1×1 convolution.
+other names, its own or Caffe2's, takes BGR in 0..255 less its mean, and halves it in the first 1×1 convolution.
 """
 
 from __future__ import annotations
@@ -50,6 +50,22 @@ DETECTRON2_BACKBONE: Names = (
 )
 """A ResNet's names in Detectron2 and in torchvision."""
 
+CAFFE2_BACKBONE: Names = (
+    ("conv1_w", "conv1.weight"),
+    ("res_conv1_bn_s", "bn1.weight"),
+    ("res_conv1_bn_b", "bn1.bias"),
+    *(
+        (f"res{k + 1}_{{a}}_{there}_{end}", f"layer{k}.{{a}}.{part}.{name}")
+        for k in (1, 2, 3, 4)
+        for there, conv, norm in (
+            ("branch1", "downsample.0", "downsample.1"),
+            *((f"branch2{letter}", f"conv{n}", f"bn{n}") for n, letter in enumerate("abc", start=1)),
+        )
+        for end, part, name in (("w", conv, "weight"), ("bn_s", norm, "weight"), ("bn_b", norm, "bias"))
+    ),
+)
+"""A ResNet's names in Caffe2, as in the ImageNet weights that the published networks start from, and in torchvision."""
+
 _RESIZED_BY = (
     ("dense_head.class_logits.", "model.classes (a new classifier: `boxinst train --init MODEL --init-classes new`)"),
     ("dense_head.controller.", "model.mask_channels, model.head_channels and model.head_layers"),
@@ -82,8 +98,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
         raise InputError("checkpoint", str(file), "No such file: give a .pth or .safetensors file.")
     if file.suffix in (".pkl", ".pickle"):
         remedy = (
-            "A pickle can run code, so it is not read. Where you trust it, load it there and write its arrays anew: "
-            "torch.save({name: torch.from_numpy(array) for ...}, 'weights.pth')."
+            "A pickle can run code, so it is not read. Where you trust it, load it there and write its arrays anew, "
+            "under the names they have: torch.save({name: torch.from_numpy(array) for ...}, 'weights.pth')."
         )
         raise InputError("checkpoint", str(file), remedy)
     try:
@@ -138,7 +154,13 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def load_strict(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, *, prefix: str = "", names: Names = ()
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    prefix: str = "",
+    names: Names = (),
+    missing: Sequence[str] = (),
 ) -> None:
     """Loads ``state`` into ``model``; every key and shape must match.
 
@@ -148,13 +170,15 @@ def load_strict(
         source: what the error names.
         prefix: where the module stands in the network, such as ``backbone.``; it picks the options that an error names.
         names: by which the tensors were renamed; an error then has their names elsewhere.
+        missing: names elsewhere that were already found missing.
 
     Raises:
         InputError: lists the missing and unexpected keys and the shapes that differ, with the options that decide them.
     """
     back = [(here, there) for there, here in names]
     own = model.state_dict()
-    problems = [f"missing {renamed(k, back)}" for k in own if k not in state]
+    problems = [f"missing {name}" for name in missing]
+    problems += [f"missing {renamed(k, back)}" for k in own if k not in state]
     problems += [f"unexpected {renamed(k, back)}" for k in state if k not in own]
     differing = [k for k in own if k in state and state[k].shape != own[k].shape]
     problems += [f"{renamed(k, back)} is {list(state[k].shape)}, the model has {list(own[k].shape)}" for k in differing]
@@ -170,31 +194,33 @@ def load_strict(
 
 
 def is_detectron2_backbone(state: Mapping[str, Tensor]) -> bool:
-    """Whether a backbone has Detectron2's names."""
-    return "stem.conv1.weight" in state
+    """Whether a backbone has Detectron2's names, or Caffe2's."""
+    return "stem.conv1.weight" in state or "conv1_w" in state
 
 
 def from_detectron2_backbone(
     state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """A ResNet of Detectron2's names under torchvision's, for RGB input instead of BGR.
+    """A ResNet of Detectron2's or Caffe2's names under torchvision's, for RGB input instead of BGR.
 
     Names that it does not know are kept, so that strict loading reports them.
 
     Args:
-        state: tensors by name, such as ``stem.conv1.weight`` and ``res2.0.conv1.norm.weight``.
+        state: tensors by name, such as ``stem.conv1.weight`` and ``res2.0.conv1.norm.weight``, or ``conv1_w`` and
+            ``res2_0_branch2a_bn_s``.
         metadata: versions of the modules by name, as torch keeps them beside a state dict.
     """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(".norm.running_var") and 0 < _version(metadata, name.removesuffix(".running_var")) < 3:
             tensor = tensor - _NORM_EPS  # such old files hold the variance with ε already added
-        out[renamed(name, DETECTRON2_BACKBONE)] = tensor
-    for name in [n for n in out if re.fullmatch(r"(.+\.)?(bn\d|downsample\.1)\.weight", n)]:
-        # A converted Caffe model has its statistics merged into weight and bias.
-        prefix = name.removesuffix("weight")
-        out.setdefault(f"{prefix}running_mean", torch.zeros_like(out[name]))
-        out.setdefault(f"{prefix}running_var", torch.full_like(out[name], 1 - _NORM_EPS))
+        out[renamed(name, (*DETECTRON2_BACKBONE, *CAFFE2_BACKBONE))] = tensor
+    if not any(".running_" in name for name in out):
+        # A Caffe model has its statistics merged into weight and bias: all of them, or a tensor is missing.
+        for name in [n for n in out if re.fullmatch(r"(.+\.)?(bn\d|downsample\.1)\.weight", n)]:
+            prefix = name.removesuffix("weight")
+            out[f"{prefix}running_mean"] = torch.zeros_like(out[name])
+            out[f"{prefix}running_var"] = torch.full_like(out[name], 1 - _NORM_EPS)
     if "conv1.weight" in out:
         out["conv1.weight"] = out["conv1.weight"].flip(1)
     return out
@@ -226,7 +252,7 @@ def _read_backbone(config: ModelConfig) -> dict[str, Tensor]:
     if not is_detectron2_backbone(state):
         return state
     if not config.stride_in_1x1 and config.backbone in ("resnet50", "resnet101"):
-        remedy = f"Switch it on: {weights} has Detectron2's names, and wants the stride in the 1×1 convolution."
+        remedy = f"Switch it on: {weights} has Detectron2's or Caffe2's names: its stride is in the 1×1 convolution."
         raise InputError("model.stride_in_1x1", False, remedy)
     state = from_detectron2_backbone(state)
     # Those weights want pixels that are not divided by a deviation; what the network divides is made good here.
@@ -240,14 +266,15 @@ def load_backbone(module: nn.Module, config: ModelConfig) -> None:
     Args:
         module: the backbone.
         config: the network. The weights are ``imagenet``, the name of a torchvision weight, or a local file in
-            torchvision's or Detectron2's layout.
+            torchvision's, Detectron2's or Caffe2's layout.
 
     Raises:
         InputError: unknown name, a file that cannot be read, a layout that disagrees with ``config.stride_in_1x1``, or
             keys that do not fit.
     """
     state = _read_backbone(config)
-    # The classifier, and the counters that only trainable normalisation has, are not part of a frozen backbone.
-    dropped = ("fc.", "stem.fc.", "linear.")
-    state = {k: v for k, v in state.items() if not k.startswith(dropped) and not k.endswith("num_batches_tracked")}
+    # The classifier, what only training needs, and the bias that Caffe's normalisation takes out again are not part of
+    # a frozen backbone.
+    dropped, trained = ("fc.", "stem.fc.", "linear.", "fc1000_", "conv1_b"), ("num_batches_tracked", "_momentum")
+    state = {k: v for k, v in state.items() if not k.startswith(dropped) and not k.endswith(trained)}
     load_strict(module, state, f"backbone weights {config.backbone_weights}", prefix="backbone.")

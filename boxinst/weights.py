@@ -76,7 +76,7 @@ def import_checkpoint(
         state, content = read_tensors(source)
     found = published.translate(layout, state, classes, source=name, content=content)
     model = CondInst(found.config, pretrained=False)
-    load_strict(model, found.state, name, names=found.names)
+    load_strict(model, found.state, name, names=found.names, missing=found.missing)
     return model.eval(), found.notes
 
 

@@ -214,14 +214,32 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k != name}
 
 
+SOME = (
+    *("backbone.fpn_lateral3.weight", "backbone.top_block.p6.weight", "backbone.fpn_output4.bias"),
+    *(f"{UP}stem.conv1.weight", f"{FCOS}cls_logits.weight", f"{FCOS}scales.0.scale", "controller.weight"),
+    *("mask_branch.refine.0.0.weight", "mask_branch.tower.4.weight"),
+)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda s: without(s, "controller.bias"), ["missing", "controller.bias"]),
-        (lambda s: without(s, "controller.weight"), ["controller.weight", "--from"]),
+        (lambda s: without(s, "controller.weight"), ["missing controller.weight"]),
+        (lambda s: without(s, "mask_head.sizes_of_interest"), ["missing mask_head.sizes_of_interest"]),
+        (lambda s: without(s, f"{UP}res2.0.conv1.norm.running_mean"), [f"missing {UP}res2.0.conv1.norm.running_mean"]),
+        (lambda s: without(s, f"{UP}res5.2.conv3.norm.running_var"), [f"missing {UP}res5.2.conv3.norm.running_var"]),
+        (
+            # Those that sizes are read off, and others: all are named at once.
+            lambda s: {k: v for k, v in s.items() if k not in SOME} | {"foo.weight": torch.zeros(1)},
+            [*(f"missing {name}" for name in SOME), "unexpected foo.weight"],
+        ),
         (lambda s: {**s, f"{UP}res2.0.conv2_offset.weight": torch.zeros(1)}, ["unexpected", "conv2_offset"]),
         (lambda s: {**s, "mask_head.sizes_of_interest": torch.tensor([32, 64])}, ["sizes_of_interest", "[32, 64]"]),
-        (lambda s: {**s, "controller.weight": torch.zeros(217, 64, 3, 3)}, ["217", "16 mask channels"]),
+        (
+            lambda s: {**s, "controller.weight": torch.zeros(217, 64, 3, 3)},
+            ["217 parameters", "has 233", "model.head_channels 8", "model.mask_channels 16"],
+        ),
         (lambda s: without(s, "backbone.bottom_up.res4.5.conv1.weight") | {}, ["missing", f"{UP}res4.5.conv1.weight"]),
         (lambda s: without(s, f"{FCOS}ctrness.bias"), [f"missing {FCOS}ctrness.bias"]),
         (lambda s: without(s, f"{FCOS}scales.3.scale"), [f"missing {FCOS}scales.3.scale"]),

@@ -121,6 +121,40 @@ def test_backbone_of_detectron2(tmp_path):
     torch.testing.assert_close(seen, raw, rtol=1e-4, atol=1e-3)
 
 
+CAFFE2_CONVOLUTIONS = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
+
+
+def caffe2_names(state):
+    """A ResNet of Detectron2's names under Caffe2's."""
+    out = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        end = {"weight": "s", "bias": "b"}[parts[-1]] if parts[-2] == "norm" else "w"
+        if parts[0] == "stem":
+            out["conv1_w" if end == "w" else f"res_conv1_bn_{end}"] = tensor
+        else:
+            at = f"{parts[0]}_{parts[1]}_{CAFFE2_CONVOLUTIONS[parts[2]]}_"
+            out[at + (end if end == "w" else f"bn_{end}")] = tensor
+    return out
+
+
+def test_backbone_of_caffe2_is_that_of_detectron2(tmp_path):
+    torch.manual_seed(5)
+    state = {k: v for k, v in detectron2_names(resnet50().state_dict()).items() if "running" not in k}
+    other = caffe2_names(state)
+    assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_w", "res5_2_branch2c_bn_b"} <= set(other)
+    unused = ("fc1000_w", "fc1000_b", "conv1_b", "conv1_w_momentum")
+    torch.save(state, tmp_path / "a.pth")
+    torch.save({**other, **{name: torch.zeros(1) for name in unused}}, tmp_path / "b.pth")
+    fields = {**TINY, "backbone": "resnet50", "width": 64, "stride_in_1x1": True}
+    a, b = (CondInst(ModelConfig(**fields, backbone_weights=str(tmp_path / f"{x}.pth"))).backbone for x in "ab")
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], tensor, rtol=0, atol=0)
+    torch.save({**other, "res2_0_branch2d_w": torch.zeros(1)}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match="unexpected res2_0_branch2d_w"):
+        CondInst(ModelConfig(**fields, backbone_weights=str(tmp_path / "c.pth")))
+
+
 def test_the_stride_moves_and_frozen_stages_do_not_train():
     fields = {**TINY, "backbone": "resnet50"}
     plain, moved = (CondInst(ModelConfig(**fields, stride_in_1x1=x, frozen_stages=2)).backbone for x in (False, True))
