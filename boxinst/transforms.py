@@ -195,6 +195,8 @@ def restore(instances: Instances, height: int, width: int) -> Instances:
 
 def _fit(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
     """(height, width) with the shorter side at ``short_side``, or less where the longer would pass ``max_side``."""
-    scale = min(short_side / min(height, width), max_side / max(height, width))
-    # Halves are rounded up, as in the published program; round() would take them to the even side.
-    return max(1, math.floor(height * scale + 0.5)), max(1, math.floor(width * scale + 0.5))
+    # One factor after the other, and halves rounded up, as in the published program: a pixel can depend on it.
+    shorter, scale = min(height, width), short_side / min(height, width)
+    down = min(1.0, max_side / (max(height, width) * scale))
+    exact = [short_side * down if side == shorter else side * scale * down for side in (height, width)]
+    return max(1, math.floor(exact[0] + 0.5)), max(1, math.floor(exact[1] + 0.5))

@@ -301,7 +301,8 @@ class EvaluateConfig:
     max_detections: int = 100
     """The best objects of an image, per class, that count for AP. 100 is COCO's; raise it where images hold more."""
     score_threshold: float = 0.05
-    """Least score of a detection, in detect mode."""
+    """Least class probability × centre-ness of a detection, in detect mode, as published. Its root is the score that is
+    reported."""
     short_side: int = 0
     """Resize images in the network to this shorter side; 0 leaves them as they are. Use the size that the model was
     trained at. Masks are compared in the pixels of the images as stored, whatever the size."""

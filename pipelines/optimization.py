@@ -15,16 +15,21 @@ from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_f
 
 from pipelines.config import TrainConfig
 
+_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; vectors (biases, normalisation) do not decay.
+    """AdamW or SGD. Normalisation does not decay, and in AdamW no bias does; in SGD biases do, as published.
 
     Fused: one kernel for all weights, which can be told on the device to leave a step out (``learner.take_step``).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = {p for m in model.modules() if isinstance(m, _NORMALISATION) for p in m.parameters(recurse=False)}
+    if config.optimizer == "adamw":
+        kept |= {p for p in parameters if p.ndim <= 1}
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in kept], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p in kept], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from pipelines.config import TrainConfig
@@ -13,15 +14,25 @@ from pipelines.optimization import make_average, make_optimizer, make_schedule, 
 CONFIG = TrainConfig(shards="s", steps=100, lr_warmup_steps=10)
 
 
-def test_vectors_do_not_decay_and_frozen_weights_are_left_out() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    model[2].weight.requires_grad_(False)
-    for kind in ("adamw", "sgd"):
-        optimizer = make_optimizer(model, replace(CONFIG, optimizer=kind, weight_decay=0.3))
-        decays, rests = optimizer.param_groups
-        assert (decays["weight_decay"], rests["weight_decay"]) == (0.3, 0)
-        assert [p.shape for p in decays["params"]] == [model[0].weight.shape]
-        assert len(rests["params"]) == 4
+class Scaled(nn.Sequential):
+    """A few layers and a number that is neither weight nor bias, as the scales of the dense head are."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "decaying"), [("adamw", ["0.weight"]), ("sgd", ["scale", "0.weight", "0.bias", "4.bias"])]
+)
+def test_normalisation_does_not_decay_and_biases_only_as_published(kind: str, decaying: list[str]) -> None:
+    model = Scaled()
+    model[4].weight.requires_grad_(False)
+    names = {p: name for name, p in model.named_parameters()}
+    decays, rests = make_optimizer(model, replace(CONFIG, optimizer=kind, weight_decay=0.3)).param_groups
+    assert (decays["weight_decay"], rests["weight_decay"]) == (0.3, 0)
+    assert [names[p] for p in decays["params"]] == decaying
+    assert {names[p] for p in rests["params"]} == set(names.values()) - set(decaying) - {"4.weight"}
 
 
 def test_the_rate_rises_and_falls_along_a_cosine() -> None:

@@ -230,6 +230,12 @@ def test_eval_resize_bounds_both_sides(short_side: int, max_side: int, size: tup
     torch.testing.assert_close(scale, torch.tensor([size[1] / 56, size[0] / 40] * 2))
 
 
+def test_resize_rounds_as_the_published_program() -> None:
+    """105 · (800 / 105) · (1333 / (310 · 800 / 105)) is a hair under 451.5, and 105 · (1333 / 310) is one above."""
+    resized, _ = transforms.eval_resize(torch.zeros(3, 105, 310, dtype=torch.uint8), 800, 1333)
+    assert resized.shape[1:] == (451, 1333)
+
+
 @pytest.mark.parametrize("with_logits", [False, True])
 def test_restore_is_the_way_back(with_logits: bool) -> None:
     image, targets = sample()
