@@ -15,6 +15,7 @@ import tempfile
 import time
 import tomllib
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ MANIFESTS = {
     for content in yaml.safe_load_all(path.read_text())
 }
 RAY = {key: content for key, content in MANIFESTS.items() if content["apiVersion"] == "ray.io/v1"}
+KUBERAY = json.loads((ROOT / "tests" / "schemas" / "kuberay.json").read_text())
 JOBS = {name: content["spec"] for (_, kind, name), content in RAY.items() if kind == "RayJob"}
 
 
@@ -114,9 +116,24 @@ def test_compose_holds_together() -> None:
         for word in shlex.join(map(str, (service.get("environment") or {}).values())).split():
             for host in re.findall(r"(?:://|@)(?:\w+:\w+@)?(\w+):\d+", word):
                 assert host in services, f"{name} looks for {host}"
+        conditions = [needed["condition"] for needed in service.get("depends_on", {}).values()]
+        assert set(conditions) <= {"service_healthy"}, f"{name} would find a server that is not ready"
+    head, worker = (services[name]["command"] for name in ("head", "worker"))
+    assert "head" in services["worker"]["depends_on"]
+    assert option(worker, "address") == f"head:{option(head, 'port')}"
     every = {name for text in [(INFRA / "compose.yaml").read_text()] for name in re.findall(r"\$\{(\w+):\?", text)}
     assert all(name in PAGE for name in every), "the page's line makes every password"
     assert ".env" in (INFRA / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize("name", ["head", "worker"])
+def test_compose_asks_a_node_what_it_answers_without_a_token(name: str) -> None:
+    from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+
+    node = compose()["services"][name]
+    asked = urllib.parse.urlsplit(node["healthcheck"]["test"][-1])
+    assert asked.path in PUBLIC_EXACT_PATHS
+    assert asked.netloc == f"127.0.0.1:{option(node['command'], 'dashboard-agent-listen-port')}"
 
 
 @pytest.mark.parametrize("name", ["head", "worker"])
@@ -174,7 +191,7 @@ def test_manifests_meet_their_schemas(key: tuple[str, str, str]) -> None:
     if key not in RAY:
         kubernetes_validate.validate(content, "1.37", strict=True)
         return
-    jsonschema.validate(content, json.loads((ROOT / "tests" / "schemas" / "kuberay.json").read_text()))
+    jsonschema.validate(content, KUBERAY)
     for template in templates(content):
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
         kubernetes_validate.validate(pod, "1.37", strict=True)
@@ -182,9 +199,87 @@ def test_manifests_meet_their_schemas(key: tuple[str, str, str]) -> None:
     assert cluster_spec(content)["authOptions"] == {"mode": "token"}
 
 
+def changed(resource: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with ``value`` at ``path``, words and numbers with dots between."""
+    copy = json.loads(json.dumps(resource))
+    *inner, last = [int(word) if word.isdigit() else word for word in path.split(".")]
+    place = copy
+    for word in inner:
+        place = place[word]
+    place[last] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "valid"),
+    [
+        ("spec.rayClusterSpec.workerGroupSpecs.0.priority", 1, True),
+        ("spec.rayClusterSpec.headGroupSpec.ingressOptions", {"host": "ray.lab", "pathType": "Prefix"}, True),
+        ("spec.rayClusterSpec.autoscalerOptions", {"command": ["sh"], "args": ["-c", "true"]}, True),
+        ("spec.rayClusterSpec.headGroupSpec", {"template": {"spec": {}}}, True),
+        ("metadata.name", "a" * 47, True),
+        ("metadata.name", "a" * 48, False),
+        ("metadata.name", "1st", False),
+        ("metadata.name", "train.coco", False),
+        ("spec.shutdownAfterJobFinishes", False, False),
+        ("spec.rayClusterSpec.headGroupSpec.ingressOptions", {"hosts": ["ray.lab"]}, False),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams", {"num-cpus": 1}, False),
+    ],
+)
+def test_the_schema_knows_what_kuberay_takes(path: str, value: Any, valid: bool) -> None:
+    (job,) = (content for key, content in RAY.items() if key[1:] == ("RayJob", "train"))
+    assert jsonschema.Draft202012Validator(KUBERAY).is_valid(job)
+    assert jsonschema.Draft202012Validator(KUBERAY).is_valid(changed(job, path, value)) == valid
+
+
+@pytest.mark.parametrize("key", RAY, ids="-".join)
+def test_pods_are_admitted_where_rights_are_restricted(key: tuple[str, str, str]) -> None:
+    """Kubernetes' Pod Security Standard `restricted`, which the namespace enforces; its other rules forbid what is not
+    asked for here, such as the host's network."""
+    (namespace,) = (m for (_, kind, _), m in MANIFESTS.items() if kind == "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    cluster = cluster_spec(RAY[key])
+    pods = [template["spec"] for template in templates(RAY[key])]
+    contexts = [container["securityContext"] for pod in pods for container in pod["containers"]]
+    if cluster.get("enableInTreeAutoscaling"):  # KubeRay puts a container of its own beside the head's
+        contexts.append(cluster["autoscalerOptions"]["securityContext"])
+    for context in contexts:
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for pod in pods:
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC", "initContainers"}
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 1000
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert all({"persistentVolumeClaim", "emptyDir"} & volume.keys() for volume in pod.get("volumes", []))
+
+
+def test_the_network_admits_the_operator_and_prometheus() -> None:
+    (network,) = (m["spec"] for (_, kind, _), m in MANIFESTS.items() if kind == "NetworkPolicy")
+    admitted: dict[str, list[int]] = {}
+    for rule in network["ingress"]:
+        (source,) = rule["from"]
+        labels = source.get("namespaceSelector", {}).get("matchLabels", {"kubernetes.io/metadata.name": "boxinst"})
+        admitted[labels["kubernetes.io/metadata.name"]] = [port["port"] for port in rule.get("ports", [])]
+    assert admitted == {"boxinst": [], "kuberay-operator": [8265, 52365], "monitoring": [8080]}
+    assert network["ingress"][0]["from"] == [{"podSelector": {}}]
+    assert "--namespace kuberay-operator" in PAGE
+    assert "in the namespace `monitoring`" in PAGE
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_leaves_no_cluster_behind(name: str) -> None:
+    assert JOBS[name]["shutdownAfterJobFinishes"] is True
+    assert 1 <= JOBS[name]["backoffLimit"] <= 2, "a lost head is made up for; bad input is not repeated for ever"
+
+
 def test_manifests_hold_together() -> None:
     there = {(kind, name) for _, kind, name in MANIFESTS}
     (network,) = (m["spec"] for (_, kind, _), m in MANIFESTS.items() if kind == "NetworkPolicy")
+    (home,) = re.findall(r"BOXINST_HOME=(\S+)", (INFRA / "Dockerfile").read_text())
+    assert {m["metadata"].get("namespace") for (_, kind, _), m in MANIFESTS.items() if kind != "Namespace"} == {
+        "boxinst"
+    }
+    assert ("Namespace", "boxinst") in there
     images, heads = set(), []
     for content in RAY.values():
         heads.append(cluster_spec(content)["headGroupSpec"]["template"]["metadata"]["labels"])
@@ -193,7 +288,6 @@ def test_manifests_hold_together() -> None:
             assert group["template"]["spec"]["serviceAccountName"] == "boxinst"
         for template in templates(content):
             pod = template["spec"]
-            assert pod["securityContext"]["runAsNonRoot"]
             assert ("ServiceAccount", pod.get("serviceAccountName", "boxinst")) in there
             volumes = {v["name"]: v for v in pod.get("volumes", [])}
             if "home" in volumes:
@@ -203,7 +297,8 @@ def test_manifests_hold_together() -> None:
                 requests, limits = container["resources"]["requests"], container["resources"]["limits"]
                 assert requests.keys() == limits.keys()
                 assert requests.get("nvidia.com/gpu") == limits.get("nvidia.com/gpu"), "Kubernetes takes no others"
-                assert not container["securityContext"]["allowPrivilegeEscalation"]
+                paths = {m["name"]: m["mountPath"] for m in container.get("volumeMounts", [])}
+                assert paths in ({}, {"home": home, "shm": "/dev/shm"})
                 assert {m["name"] for m in container.get("volumeMounts", [])} == volumes.keys()
                 assert all(("ConfigMap", e["configMapRef"]["name"]) in there for e in container.get("envFrom", []))
                 assert all(e["valueFrom"]["secretKeyRef"]["optional"] for e in container.get("env", []))
@@ -242,7 +337,9 @@ def test_a_jobs_cluster_is_what_its_command_asks_for(name: str, monkeypatch: pyt
         assert group["minReplicas"] == group["replicas"] == group["maxReplicas"], "the command wants all from the start"
     for group in groups(cluster_spec(resource)):
         pod = group["template"]["spec"]
-        if "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]:
+        limits = pod["containers"][0]["resources"]["limits"]
+        if "nvidia.com/gpu" in limits:
+            assert size(limits["memory"]) * 0.7 >= limits["nvidia.com/gpu"] * size("16Gi"), "as the page says"
             assert any(t["key"] == "nvidia.com/gpu" for t in pod["tolerations"])
 
 
