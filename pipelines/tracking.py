@@ -6,8 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before the import: 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 from mlflow.utils.time import get_current_time_millis
 from torch import Tensor
 
@@ -175,7 +175,7 @@ def deliver(patience: float) -> str:
     for uri, outbox in _outboxes.items():
         if lost := outbox.drain(patience):
             names = lost[0] if len(lost) == 1 else f"{len(lost)} entries, from {lost[0]} to {lost[-1]},"
-            gaps.append(f"MLflow at {storage.redact(uri)} lacks {names} of this run ({storage.redact(outbox.error)}).")
+            gaps.append(f"MLflow at {storage.redact(uri)} lacks {names} of this run ({outbox.error}).")
     return " ".join(gaps)
 
 
@@ -187,7 +187,12 @@ def explained(remedy: str) -> Iterator[None]:
     except MlflowException as error:
         if _hopeless(error):
             raise
-        raise InputError("MLflow", storage.redact(" ".join(str(error).split())[:300]), remedy) from error
+        raise InputError("MLflow", _in_brief(error), remedy) from error
+
+
+def _in_brief(error: Exception) -> str:
+    """In one line and without secrets."""
+    return storage.redact(" ".join(str(error).split()))[:300]
 
 
 def _hopeless(error: Exception) -> bool:
@@ -201,12 +206,13 @@ def _check_answers(uri: str) -> None:
     if not uri.startswith("http"):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=20).close()
-    except urllib.error.HTTPError:
-        pass  # somebody answers; what they allow, the first request will tell
-    except OSError as error:
+        # MLflow's own way, with its certificates and passwords. Whatever the answer, somebody is there; what they allow,
+        # the first request will tell.
+        http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=20, raise_on_status=False)
+    except MlflowException as error:
         remedy = "Start the MLflow server, correct MLFLOW_TRACKING_URI, or unset it."
-        raise InputError("MLflow", f"nobody answers at {storage.redact(uri)} ({error})", remedy) from error
+        value = f"nobody answers at {storage.redact(uri)} ({_in_brief(error)})"
+        raise InputError("MLflow", value, remedy) from None  # the error and its causes quote the password
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

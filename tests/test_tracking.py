@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import ipaddress
+import json
 import socket
+import ssl
+import threading
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -117,6 +130,64 @@ def test_a_server_that_does_not_answer_is_named_at_the_start() -> None:
     uri = nobody()
     with pytest.raises(InputError, match=f"MLflow: nobody answers at {uri} .*Start the MLflow server"):
         Run.start("x", experiment="e", tracking_uri=uri)
+
+
+@pytest.mark.parametrize("caller", ["ada:hunter2", "ada:hun/ter2"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9", "host:x"])
+def test_what_is_said_of_a_server_that_does_not_answer_holds_no_password(caller: str, host: str) -> None:
+    with pytest.raises(InputError, match=rf"nobody answers at http://{host} \(.*Start the MLflow server") as caught:
+        Run.start("x", experiment="e", tracking_uri=f"http://{caller}@{host}")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert not [word for word in ("ada:", "ter2") if word in shown]
+
+
+@contextmanager
+def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[str | None]]]:
+    """Address of a server that knows one experiment, and what it is told of who asks."""
+    callers: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            callers.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            known = {"experiment_id": "1", "name": "e", "artifact_location": "s3://theirs"}
+            self.wfile.write(json.dumps({"experiment": known}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if context:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", callers
+        server.shutdown()
+
+
+def test_a_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mine")])
+    address, now = x509.IPAddress(ipaddress.ip_address("127.0.0.1")), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    signed = made.add_extension(x509.SubjectAlternativeName([address]), critical=False).sign(key, hashes.SHA256())
+    pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (tmp_path / "cert.pem").write_bytes(signed.public_bytes(pem))
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, private, serialization.NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with answering(context) as (where, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://{where}")
+        with pytest.raises(InputError, match="CERTIFICATE_VERIFY_FAILED"):
+            tracking.artifacts("e")
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "cert.pem"))
+        assert tracking.artifacts("e") == "s3://theirs"
+
+
+def test_a_server_whose_address_names_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering() as (where, callers):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:hunter2@{where}")
+        assert tracking.artifacts("e") == "s3://theirs"
+    assert callers == ["Basic " + base64.b64encode(b"ada:hunter2").decode()] * 2
 
 
 def test_a_server_that_is_away_stops_nothing_and_the_gap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
