@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from pipelines.redaction import redact
+
 LONGEST_PAUSE = 10.0
 """Seconds between two attempts, at most."""
 LIMIT = 20_000
@@ -26,7 +28,7 @@ class Outbox:
         self._messages: deque[tuple[str, Callable[[], object]]] = deque()
         self._lost: list[str] = []
         self._changed = threading.Condition()
-        self._error: Exception | None = None
+        self._error = ""
         threading.Thread(target=self._send, name="outbox", daemon=True).start()
 
     def put(self, name: str, send: Callable[[], object]) -> None:
@@ -51,8 +53,8 @@ class Outbox:
 
     @property
     def error(self) -> str:
-        """The last one, in one line; empty when there was none."""
-        return "" if self._error is None else " ".join(str(self._error).split())[:300]
+        """The last one, in one line and without secrets; empty when there was none."""
+        return self._error
 
     def _send(self) -> None:
         pause = 0.5
@@ -63,9 +65,9 @@ class Outbox:
             try:
                 send()
             except Exception as error:
+                self._error = redact(" ".join(str(error).split()))[:300]
                 if pause == 0.5 or self._hopeless(error):
-                    print(f"{name} was not sent yet: {error}", file=sys.stderr)
-                self._error = error
+                    print(f"{name} was not sent yet: {self._error}", file=sys.stderr)
                 if not self._hopeless(error):
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)

@@ -221,7 +221,8 @@ def _fetch(location: str, uri: str) -> Path:
                 else:
                     got = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=scratch)
             except (MlflowException, OSError) as error:
-                raise InputError("model", uri, f"It cannot be read ({error}). Check that it exists.") from error
+                why = storage.redact(str(error))
+                raise InputError("model", uri, f"It cannot be read ({why}). Check that it exists.") from error
             try:
                 os.replace(got, target)
             except OSError:  # another process was faster

@@ -38,6 +38,17 @@ def test_all_arrives_in_order_when_the_server_is_back(monkeypatch: pytest.Monkey
     assert box.error == "never"
 
 
+def test_what_is_said_of_an_error_holds_no_password(capfd: pytest.CaptureFixture[str]) -> None:
+    def send() -> None:
+        raise ValueError("API request to http://ada:hunter2@host/api failed")
+
+    box = Outbox(lambda error: True)
+    box.put("metrics", send)
+    assert box.drain(60) == ["metrics"]
+    assert box.error == "API request to http://host/api failed"
+    assert f"metrics was not sent yet: {box.error}\n" in capfd.readouterr().err
+
+
 def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "LIMIT", 2)
     server, box = Server(fails=0), Outbox(lambda error: False)

@@ -144,6 +144,16 @@ def test_a_model_on_s3_is_downloaded_once_and_again_when_it_changes(world: World
         registry.resolve(f"{s3}/models/other")
 
 
+def test_what_is_said_of_files_out_of_reach_holds_no_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        InputError, match=r"model: models:/m/1\. It cannot be read \(.* http://127\.0\.0\.1:9/"
+    ) as caught:
+        registry._fetch("mlflow-artifacts:/1/models/m-1/artifacts", "models:/m/1")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_class_lists_must_agree_in_order() -> None:
     categories = [Category(7, "cell"), Category(3, "nucleus")]
     registry.check_classes(("cell", "nucleus"), categories, model="m", shards="s")
