@@ -174,7 +174,7 @@ class _Object(_Place):
         try:
             s3.patiently(lambda: put(Bucket=self.bucket, Key=self.key, Body=body, **condition))
         except ClientError as error:
-            if _status(error) not in (404, 409, 412):
+            if s3.status(error) not in (404, 409, 412):
                 raise
         # Whatever was said: the answer to a write that was done may have been lost before it was tried again, and a
         # store that does not know the condition writes in any case. Whose claim is there holds it.
@@ -192,7 +192,7 @@ class _Object(_Place):
         try:
             found, body = s3.patiently(once)
         except ClientError as error:
-            if _status(error) == 404:
+            if s3.status(error) == 404:
                 return None
             raise
         said = found["ResponseMetadata"]["HTTPHeaders"].get("date")
@@ -210,10 +210,6 @@ class _Object(_Place):
             return False
         s3.delete(f"s3://{self.bucket}/{self.key}")
         return True
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 class Claim:

@@ -121,6 +121,11 @@ def _refusal(item: str, where: str, error: ClientError) -> InputError:
         if code.isdigit():  # S3 itself gives errors a name
             remedy = "Wait until it is well, or correct AWS_ENDPOINT_URL: perhaps what answers there does not speak S3."
         return InputError(item, f"{where} keeps failing ({code})", remedy)
+    if s3.status(error) == 507:
+        return InputError(item, f"{where} has no room left ({code})", "Make room there. The same command then goes on.")
+    if s3.status(error) >= 500:
+        remedy = "Update that server, or use another. The same command then goes on."
+        return InputError(item, f"{where} cannot do what it is asked for ({code})", remedy)
     remedy = "Correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or the rights of that user on the bucket."
     return InputError(item, f"refused by {where} ({code})", remedy)
 

@@ -158,11 +158,6 @@ class ArrowS3(pafs.S3FileSystem):
 # --- patience -------------------------------------------------------------------------------------------------------
 
 _PASSING = {
-    "500",
-    "502",
-    "503",
-    "504",
-    "429",
     "InternalError",
     "NoSuchUpload",  # its end was done and the answer lost: the whole object is written again
     "RequestTimeout",
@@ -171,9 +166,11 @@ _PASSING = {
     "Throttling",
     "TooManyRequests",
 }
+_PASSING_STATUS = {429, 500, 502, 503, 504}
+"""Not 501, which a store gives for what it cannot do, nor 507, which it gives when it is full."""
 _PASSING_IN_ARROW = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|NO_?SUCH_?UPLOAD"
-    r"|HTTP status (?:429|5\d\d)",
+    r"|HTTP status (?:429|50[0234])",
     re.IGNORECASE,
 )
 
@@ -215,7 +212,7 @@ def patiently(operation: Callable[[], T], seconds: float | None = None, *, quiet
 def passes(error: BaseException) -> bool:
     """Whether trying again may help."""
     if isinstance(error, ClientError):
-        return code(error) in _PASSING or _status(error) >= 500
+        return code(error) in _PASSING or status(error) in _PASSING_STATUS
     if isinstance(error, SSLError):
         return "CERTIFICATE" not in str(error)
     broken = (HTTPClientError, ConnectionError, IncompleteReadError, FlexibleChecksumError, ShortReadError)
@@ -229,7 +226,8 @@ def code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _status(error: ClientError) -> int:
+def status(error: ClientError) -> int:
+    """That of HTTP: 404."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
@@ -282,7 +280,7 @@ def size(uri: str) -> int:
     try:
         return patiently(lambda: client().head_object(Bucket=bucket, Key=key))["ContentLength"]
     except ClientError as error:
-        if _status(error) == 404:
+        if status(error) == 404:
             raise FileNotFoundError(uri) from None
         raise
 

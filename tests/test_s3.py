@@ -10,11 +10,14 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 from fault_proxy import FaultProxy, Faults, Request
 
+from boxinst.errors import InputError
 from pipelines import s3, settings, shards, storage
 from pipelines.coco import Corpus, ImageEntry
 from pipelines.config import ShardConfig
+from pipelines.s3 import client, passes
 
 TABLE = pa.table({"n": [1, 2, 3]})
 
@@ -85,6 +88,37 @@ def test_the_store_holds_what_is_large_and_the_home_what_is_local(home: Path, mo
     assert settings.artifacts_uri() == "s3://lab/boxinst/mlartifacts"
     assert ShardConfig("x/train.json", "y").output == "s3://lab/boxinst/shards/train"
     assert settings.mlflow_uri() == f"sqlite:///{home}/mlflow.db"
+
+
+# --- what is tried again ---
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (501, "NotImplemented", r"cannot do what it is asked for \(NotImplemented\)\. Update that server"),
+        (505, "HTTPVersionNotSupported", r"cannot do what it is asked for .*\. Update that server"),
+        (507, "XMinioStorageFull", r"has no room left \(XMinioStorageFull\)\. Make room there"),
+    ],
+)
+def test_what_does_not_pass_is_said_at_once(proxy: FaultProxy, s3: str, status: int, code: str, message: str) -> None:
+    body = f"<Error><Code>{code}</Code></Error>".encode()
+    with proxy.answering(lambda _: (status, {}, body)), pytest.raises(InputError, match=message):
+        storage.write_bytes(f"{s3}/a", b"1")
+    assert proxy.asked["PutObject"] <= 3  # by boto3 alone
+
+
+@pytest.mark.parametrize("status", [429, 500, 501, 502, 503, 504, 505, 507])
+def test_both_clients_agree_on_what_passes(
+    proxy: FaultProxy, status: int, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.s3.ARROW_ATTEMPTS", 1)
+    with proxy.answering(lambda _: (status, {}, b"")):
+        with pytest.raises(ClientError) as by_boto3:
+            client().head_object(Bucket=s3.removeprefix("s3://"), Key="a")
+        with pytest.raises(OSError) as by_arrow:  # noqa: PT011
+            storage.filesystem(s3).get_file_info(f"{s3.removeprefix('s3://')}/a")
+    assert passes(by_boto3.value) == passes(by_arrow.value) == (status not in (501, 505, 507))
 
 
 # --- listing ---
