@@ -8,6 +8,7 @@ few seconds, so that a claim whose owner has died is told from one that is held:
 from __future__ import annotations
 
 import fcntl
+import functools
 import getpass
 import json
 import os
@@ -34,6 +35,8 @@ BEAT = 5.0
 """Seconds between two signs of life."""
 STALE = 40.0
 """Seconds without one after which the owner counts as dead."""
+SETTLE = 2.0
+"""Seconds until whoever found no claim has written its own, on a store that does not refuse the second."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,11 @@ class _File(_Place):
 
 
 class _Object(_Place):
-    """On S3, by conditional writes. A version is the ETag, which a sign of life changes, as it is written anew."""
+    """On S3, by conditional writes. A version is the ETag, which a sign of life changes, as it is written anew.
+
+    Not every store knows the conditions: some say so (501), some pass over them. Of two that find no claim there in the
+    same moment, the one that writes last has it; the other learns so after ``SETTLE`` seconds, or at its next beat.
+    """
 
     def __init__(self, uri: str) -> None:
         self.bucket, self.key = s3.split(uri)
@@ -171,10 +178,14 @@ class _Object(_Place):
         # What follows the JSON is for the ETag.
         body = data + b"\n" + uuid.uuid4().hex.encode()
         put: Callable[..., object] = s3.client().put_object
+        put = functools.partial(put, Bucket=self.bucket, Key=self.key, Body=body)
         try:
-            s3.patiently(lambda: put(Bucket=self.bucket, Key=self.key, Body=body, **condition))
+            s3.patiently(lambda: put(**condition))
         except ClientError as error:
-            if s3.status(error) not in (404, 409, 412):
+            if s3.status(error) == 501:
+                s3.patiently(put)
+                time.sleep(SETTLE if "IfNoneMatch" in condition else 0)
+            elif s3.status(error) not in (404, 409, 412):
                 raise
         # Whatever was said: the answer to a write that was done may have been lost before it was tried again, and a
         # store that does not know the condition writes in any case. Whose claim is there holds it.
@@ -182,7 +193,8 @@ class _Object(_Place):
         return found is not None and found[0] == data
 
     def make(self, data: bytes) -> bool:
-        return self._put(data, IfNoneMatch="*")
+        # A store that does not know the condition would write over the one that is there.
+        return self.read() is None and self._put(data, IfNoneMatch="*")
 
     def read(self) -> tuple[bytes, str, float] | None:
         def once() -> tuple[Any, bytes]:

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy, Request
 
 from boxinst.errors import InputError
 from pipelines import claims, storage
 from pipelines.claims import Claim, Owner
 
+CONDITION = re.compile(rb"(?im)^if-(?:none-)?match:[^\n]*\n")
 
-@pytest.fixture(params=["file", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"{tmp_path}/runs/cells" if request.param == "file" else f"{request.getfixturevalue('s3')}/runs/cells"
+
+def without_conditions(store: str, request: Request) -> tuple[int, dict[str, str], bytes] | None:
+    """How a store answers a write under a condition: it ``refuses`` what it does not know, or ``ignores`` it."""
+    if request.operation == "PutObject" and CONDITION.search(request.head):
+        if store == "refuses":
+            return 501, {}, b"<Error><Code>NotImplemented</Code></Error>"
+        request.head = CONDITION.sub(b"", request.head)
+    return None
+
+
+@pytest.fixture(params=["file", "s3", "swift", "refuses", "ignores"])
+def folder(
+    request: pytest.FixtureRequest, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """On a disk, on S3 servers, one of which (Swift) knows only half of the conditions, and on some that know none."""
+    if request.param == "file":
+        yield f"{tmp_path}/runs/cells"
+    elif request.param in ("s3", "swift"):
+        yield f"{request.getfixturevalue(request.param)}/runs/cells"
+    else:
+        bucket = request.getfixturevalue("s3")
+        monkeypatch.setattr(claims, "SETTLE", 0.5)
+        with FaultProxy(s3_proxy.upstream) as proxy, proxy.answering(partial(without_conditions, request.param)):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+            yield f"{bucket}/runs/cells"
 
 
 @pytest.fixture
@@ -75,6 +102,7 @@ def test_another_machine_is_given_time_to_show_that_it_lives(folder: str, quick:
         patch.setattr(Owner, "this", lambda: elsewhere)
         living = claims.held(folder, "--name")
         living.__enter__()
+    time.sleep(2 * claims.STALE)
     with pytest.raises(InputError, match="process 8 of bob on elsewhere"), claims.held(folder, "--name"):
         pass
     living.__exit__(None, None, None)
@@ -90,22 +118,36 @@ def test_who_stood_still_and_lost_the_claim_is_told(folder: str, quick: None) ->
     assert storage.read_bytes(f"{folder}.claim").startswith(other)  # not ours to remove
 
 
-def test_of_many_who_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
-    folder = str(tmp_path / "out")
+def take_at_once(folder: str, count: int) -> list[tuple[AbstractContextManager[Claim], Claim]]:
+    """The claims of those of ``count`` who got one, with what ends them."""
 
-    def take(_: int) -> AbstractContextManager[Claim] | None:
+    def take(_: int) -> tuple[AbstractContextManager[Claim], Claim] | None:
         holder = claims.held(folder, "--name")
         try:
-            holder.__enter__()
+            return holder, holder.__enter__()
         except InputError:
             return None
-        return holder
 
+    with ThreadPoolExecutor(count) as pool:
+        return list(filter(None, pool.map(take, range(count))))
+
+
+def test_of_many_who_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
+    folder = str(tmp_path / "out")
     for _ in range(20):
         abandon(folder, lambda owner: replace(owner, started="long ago"))
-        with ThreadPoolExecutor(8) as pool:
-            (holder,) = filter(None, pool.map(take, range(8)))
+        ((holder, _),) = take_at_once(folder, 8)
         holder.__exit__(None, None, None)
+
+
+def test_of_two_who_begin_in_the_same_moment_one_gets_it(folder: str, quick: None) -> None:
+    taken = take_at_once(folder, 2)
+    time.sleep(10 * claims.BEAT)  # where a store passes over the condition, the other learns so at its next beat
+    (kept,) = [claim for _, claim in taken if not claim._lost]
+    kept.check()
+    for holder, _ in taken:
+        holder.__exit__(None, None, None)
+    assert not storage.exists(f"{folder}.claim")
 
 
 def test_a_bucket_itself_cannot_be_claimed() -> None:
