@@ -33,8 +33,9 @@ from pipelines import s3, storage
 
 BEAT = 5.0
 """Seconds between two signs of life."""
-STALE = 40.0
-"""Seconds without one after which the owner counts as dead."""
+STALE = s3.PATIENCE + 60.0
+"""Seconds without one after which an owner elsewhere counts as dead. The living may be silent for long: while storage
+is away, which a command bears for ``s3.PATIENCE``, and while a JSON of some GB is parsed, which stops other threads."""
 SETTLE = 2.0
 """Seconds until whoever found no claim has written its own, on a store that does not refuse the second."""
 
@@ -65,8 +66,8 @@ class Owner:
         return cls(uuid.uuid4().hex, machine, pid, _started(pid), about)
 
     def gone(self) -> bool | None:
-        """Whether its process has ended; None where that cannot be seen from here."""
-        if self.machine != Owner.this().machine:
+        """Whether its process has ended; None where that cannot be seen from here, or no kernel tells of processes."""
+        if self.machine != Owner.this().machine or not self.started:
             return None
         return _started(self.pid) != self.started
 
@@ -310,7 +311,7 @@ def _wait_for_death(place: _Place, folder: str, item: str) -> None:
         except (ValueError, TypeError):
             owner = Owner("", "", 0, "", "an unknown command")
         gone = owner.gone()
-        if gone or age > STALE:
+        if gone or (gone is None and age > STALE):
             place.remove(version)
             return
         beaten = first is not None and (version != first[0] or age < first[1])

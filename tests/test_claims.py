@@ -19,7 +19,7 @@ import pytest
 from fault_proxy import FaultProxy, Request
 
 from boxinst.errors import InputError
-from pipelines import claims, storage
+from pipelines import claims, s3, storage
 from pipelines.claims import Claim, Owner
 
 CONDITION = re.compile(rb"(?im)^if-(?:none-)?match:[^\n]*\n")
@@ -106,6 +106,31 @@ def test_another_machine_is_given_time_to_show_that_it_lives(folder: str, quick:
     with pytest.raises(InputError, match="process 8 of bob on elsewhere"), claims.held(folder, "--name"):
         pass
     living.__exit__(None, None, None)
+
+
+def test_a_living_process_of_this_machine_keeps_its_claim_however_long_it_is_silent(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandon(folder, lambda owner: owner)
+    monkeypatch.setattr(claims, "STALE", -10.0)
+    with pytest.raises(InputError, match=f"process {Owner.this().pid} of"), claims.held(folder, "--name"):
+        pass
+
+
+def test_where_no_kernel_tells_of_processes_the_age_decides(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_started", lambda pid: "")
+    folder = str(tmp_path / "out")
+    with claims.held(folder, "--name"), pytest.raises(InputError), claims.held(folder, "--name"):
+        pass
+    abandon(folder, lambda owner: owner)
+    with claims.held(folder, "--name"):
+        pass
+
+
+def test_an_outage_that_a_command_outlives_does_not_cost_it_the_claim() -> None:
+    assert claims.STALE > s3.PATIENCE + s3.LONGEST_PAUSE + claims.BEAT
 
 
 def test_who_stood_still_and_lost_the_claim_is_told(folder: str, quick: None) -> None:
