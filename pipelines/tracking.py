@@ -206,8 +206,8 @@ def _check_answers(uri: str) -> None:
     if not uri.startswith("http"):
         return
     try:
-        # MLflow's own way, with its certificates and passwords. Whatever the answer, somebody is there; what they allow,
-        # the first request will tell.
+        # MLflow's own way, with its certificates and passwords. Any answer will do: what the server allows, the first
+        # request will tell.
         http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=20, raise_on_status=False)
     except MlflowException as error:
         remedy = "Start the MLflow server, correct MLFLOW_TRACKING_URI, or unset it."
