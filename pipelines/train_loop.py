@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -41,18 +41,24 @@ from pipelines.validation import Validation, stack
 
 DELIVERY = 120.0
 """Seconds that the end of a training waits for an MLflow server that is away."""
+LAST_DELIVERY = 10.0
+"""The same where a worker fails, which Ray then starts again."""
 
 
 def train_loop(job: Job) -> None:
     """Train from the last checkpoint, if there is one, to the last step, the stop signal or the time limit."""
     if ray.get(job.control.failure.remote()):
         return  # one rank has met it, and Ray has started all again
+    patience = LAST_DELIVERY
     try:
         _train(job)
+        patience = DELIVERY
     except InputError as error:  # every rank meets it, and starting again would not help
         ray.get(job.control.fail.remote(error.item, str(error.value), error.remedy))
-    if gap := tracking.deliver(DELIVERY):
-        ray.get(job.control.note.remote(gap))
+        patience = DELIVERY
+    finally:
+        if gap := tracking.deliver(patience):
+            ray.get(job.control.note.remote(gap))
 
 
 def _train(job: Job) -> None:
@@ -185,12 +191,9 @@ def _save(
     _wait_for_upload()
     reported = None
     if rank == 0:
-        folder = tempfile.mkdtemp(prefix="checkpoint_")
         about = {"config": asdict(job.config), "shards": job.shards_hash, "run_id": job.run_id}
-        with _no_room_explained(job, folder):
-            state = {"metrics": metrics, "journal": journal.state(), "learner": learner.state()}
-            checkpoint.save(folder, {**about, **state})
-        reported = ray.train.Checkpoint.from_directory(folder)
+        state = {"metrics": metrics, "journal": journal.state(), "learner": learner.state()}
+        reported = ray.train.Checkpoint.from_directory(_set_aside(job, {**about, **state}))
     ray.train.report(
         {"step": learner.step},
         checkpoint=reported,
@@ -198,6 +201,18 @@ def _save(
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         checkpoint_upload_fn=functools.partial(_upload, job, ray.train.get_context().get_storage(), offered),
     )
+
+
+def _set_aside(job: Job, state: Mapping[str, Any]) -> str:
+    """Write a checkpoint into a new temporary folder, which is gone again where that fails: it may fill the disk."""
+    folder = tempfile.mkdtemp(prefix="checkpoint_")
+    try:
+        with _no_room_explained(job, folder):
+            checkpoint.save(folder, state)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
 
 
 def _wait_for_upload() -> None:
@@ -213,8 +228,12 @@ def _upload(job: Job, run: Any, offered: Offer | None, made: ray.train.Checkpoin
             if offered is not None:
                 offered.keep()
             patiently(lambda: checkpoint.upload(made.path, run.storage_filesystem, target))
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(made.path, ignore_errors=True)
+            if "AWS Error" in str(error):
+                # By these words Ray knows what to try again. That has been done here, and without the files it would
+                # end with an error of theirs.
+                raise OSError(str(error).replace("AWS Error", "S3 error")) from error
             raise
     return ray.train.Checkpoint(target, run.storage_filesystem)
 

@@ -13,22 +13,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.train
 from fault_proxy import FaultProxy, Faults
+from ray._common.retry import retry
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import feed, storage
-from pipelines.config import Resolution, SegmentConfig, ShardConfig
+from pipelines import checkpoint, feed, storage, train_loop
+from pipelines.config import Resolution, SegmentConfig, ShardConfig, TrainConfig
 from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 from pipelines.segment import run as run_segment
 from pipelines.segmenter import Segmenter
 from pipelines.shards import _read_images
 from pipelines.shards import run as run_shards
 from pipelines.synthetic import SyntheticCorpus
+from pipelines.train_job import Job
 
 SCHEMA = pa.schema([("n", pa.int64()), ("image", pa.binary())])
 ONCE = [Faults(**{name: 1.0}, delay=0.3, most=2) for name in ("throttle", "refuse", "reset", "truncate", "slow")]
@@ -203,6 +208,23 @@ def test_shards_and_masks_are_the_same_under_faults(
     assert masks.counts["boxes"] == made.counts["boxes"] == len(json.loads(storage.read_bytes(f"{s3}/results.json")))
     left = set(storage.list_files(f"{s3}/masks"))
     assert left == {"manifest.json", *(file.path for file in masks.files)}
+
+
+def test_a_checkpoint_that_the_store_does_not_take_ends_with_the_errors_of_the_store(
+    proxy: FaultProxy, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the hand of Ray, which tries again where it knows the error by its words."""
+    monkeypatch.setattr("pipelines.s3.PATIENCE", 0.5)
+    monkeypatch.setattr("pipelines.s3.ARROW_ATTEMPTS", 1)
+    fs, path = storage.fs_path(s3)
+    made = tmp_path / "checkpoint"
+    checkpoint.save(made, {"step": 1})
+    run, local = SimpleNamespace(experiment_fs_path=path, storage_filesystem=fs), ray.train.Checkpoint(str(made))
+    job = Job(TrainConfig(shards="s", steps=1), "hash", None, None, "run", "", None)
+    upload = retry("upload checkpoint", match=AWS_RETRYABLE_TOKENS, max_attempts=3)(train_loop._upload)
+    with proxy.faults(Faults(throttle=1)), pytest.raises(OSError, match=r"S3 error UNKNOWN \(HTTP status 503\)"):
+        upload(job, run, None, local, "checkpoint_1")
+    assert not made.exists()
 
 
 # The whole path

@@ -1,14 +1,21 @@
-"""pipelines.train_loop: a slow store delays no training, and a checkpoint is visible only when it is whole."""
+"""pipelines.train_loop: a slow store delays no training, and a checkpoint is visible only when it is whole.
+
+And what is done of it where something fails.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 
 PATIENCE = 240.0
@@ -86,3 +93,52 @@ def test_training_goes_on_while_a_checkpoint_is_on_its_way(ray_session: None, tm
     ]
     assert checkpoint.load(result.checkpoint.path)["learner"]["step"] == 2
     assert best.recorded(*storage.fs_path(str(folder)))["step"] == 1
+
+
+# Failures
+
+
+def failing(control: Any = None) -> Any:
+    """A job of one step."""
+    from pipelines.config import TrainConfig
+    from pipelines.train_job import Job
+
+    return Job(TrainConfig(shards="s", steps=1), "hash", None, None, "run", "http://127.0.0.1:9", control)
+
+
+def test_half_a_checkpoint_does_not_stay_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import checkpoint, train_loop
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    whole = train_loop._set_aside(failing(), {"step": 1, "tensor": torch.ones(9)})
+    assert checkpoint.load(whole)["step"] == 1
+    monkeypatch.setattr(checkpoint, "STATE", "no-such-folder/state.json")  # after the tensors were written
+    with pytest.raises(FileNotFoundError):
+        train_loop._set_aside(failing(), {"step": 2, "tensor": torch.ones(9)})
+    assert [str(path) for path in tmp_path.iterdir()] == [whole]
+
+
+@pytest.mark.parametrize(("error", "patience"), [(RuntimeError("a GPU fell off"), "LAST_DELIVERY"), (None, "DELIVERY")])
+def test_what_mlflow_lacks_is_told_however_a_training_ends(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, error: Exception | None, patience: str
+) -> None:
+    from pipelines import tracking, train_loop
+    from pipelines.control import Control
+
+    def train(job: Any) -> None:
+        tracking.Run.join(job.run_id, job.tracking_uri).metrics({"loss": 1.0}, step=3)
+        if error:
+            raise error
+
+    monkeypatch.setattr(tracking, "_outboxes", {})
+    monkeypatch.setattr(train_loop, "_train", train)
+    monkeypatch.setattr(train_loop, "DELIVERY", 1000.0)
+    monkeypatch.setattr(train_loop, "LAST_DELIVERY", 1000.0)
+    monkeypatch.setattr(train_loop, patience, 0.1)
+    job = failing(ray.remote(num_cpus=0)(Control).remote())
+    with pytest.raises(RuntimeError, match="a GPU fell off") if error else nullcontext():
+        train_loop.train_loop(job)
+    (note,) = ray.get(job.control.notes.remote())
+    assert "MLflow at http://127.0.0.1:9 lacks metrics of step 3 of this run" in note
