@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 import boxinst
 from boxinst import InputError, Instances, rle
 from boxinst.metrics import mask_box_consistency
-from pipelines import inference, maskrows, storage
+from pipelines import claims, inference, maskrows, storage
 from pipelines.config import Resolution
 from pipelines.maskrows import BoxMask
 from pipelines.schema import MASK_SCHEMA, Category, Manifest
@@ -197,6 +197,8 @@ def test_many_boxes_come_in_pieces_with_the_same_masks(
     for resolution in (Resolution(0, 1333), Resolution(64, 1333)):
         whole = segmenter(tiny_model, resolution)(table).to_pylist()
         monkeypatch.setattr(inference, "MASK_PIXELS", 2 * 96 * 96)
+        assert_same(segmenter(tiny_model, resolution)(table).to_pylist(), whole)
+        monkeypatch.setattr(inference, "MASK_PIXELS_OF_ONE", 2 * 96 * 96)
         assert_same(segmenter(tiny_model, resolution)(table).to_pylist(), whole)
         monkeypatch.undo()
 
@@ -425,6 +427,12 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(
 
 
 # Bad input
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with claims.held(out, "--out"), pytest.raises(InputError, match=r"--out: .* is being written by"):
+        run(SegmentConfig("none", "none", out))
 
 
 def test_bad_input_is_refused_before_any_work(shards: dict[str, str], tiny_model: str, tmp_path: Path) -> None:

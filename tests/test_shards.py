@@ -22,7 +22,7 @@ from fault_proxy import FaultProxy
 from PIL import Image
 
 from boxinst.errors import InputError
-from pipelines import coco, images, shards, storage
+from pipelines import claims, coco, images, shards, storage
 from pipelines.schema import MANIFEST, REJECT_SCHEMA, SHARD_SCHEMA, Manifest
 from pipelines.shards import REJECTS, ShardConfig, run
 from pipelines.synthetic import SyntheticCorpus
@@ -334,6 +334,12 @@ def test_bad_input(mixed: Mixed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         replace(config, target_mb=0)
     with pytest.raises(InputError, match=r"--exif: turned\. Give stored or applied"):
         replace(config, exif="turned")
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with claims.held(out, "--out"), pytest.raises(InputError, match=r"--out: .* is being written by"):
+        run(ShardConfig("none.json", "none", out))
 
 
 def test_nothing_usable_says_why(mixed: Mixed, ray_session: None, tmp_path: Path) -> None:
