@@ -9,7 +9,6 @@ Shape letters: N images, P instances or given boxes, C mask channels, K paramete
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import LevelMapper
 
 from boxinst import predict
 from boxinst.backbone import FPN, Pointwise, ResNet
 from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
-from boxinst.fcos import DETECT_LEVELS, DenseHead, DenseOutputs
+from boxinst.fcos import DETECT_LEVELS, DenseHead, DenseOutputs, norm_groups
 from boxinst.structures import Instances
 from boxinst.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
 
 _HIDDEN = 256
 """Units of the prompt head between the pooled features and the parameters."""
+
+SAMPLES = 2
+"""Points in each direction that RoIAlign takes the mean of in a cell."""
 
 
 @dataclass
@@ -72,14 +75,39 @@ class MaskBranch(nn.Module):
         return self.tower(x)
 
 
+def pool_without_waiting(features: list[Tensor], boxes: list[Tensor], levels: tuple[int, ...], cells: int) -> Tensor:
+    """What torchvision's ``MultiScaleRoIAlign`` gives, in a form whose sizes are known beforehand.
+
+    That one sorts the boxes by their level, and waits for a GPU to say how many each has; here every level pools all
+    boxes, and those of another level are left out: on a GPU that costs less than to wait.
+
+    Args:
+        features: [N, C, h, w] of each level.
+        boxes: N of [n, 4] in pixels.
+        levels: log2 of the stride of each of the features, rising by one.
+        cells: side of the grid.
+
+    Returns:
+        [P, C, cells, cells].
+    """
+    of = LevelMapper(levels[0], levels[-1])(boxes)  # [P], from 0
+    images = torch.cat([torch.full_like(b[:, :1], n) for n, b in enumerate(boxes)])
+    regions = torch.cat([images, torch.cat(boxes)], 1)
+    pooled = regions.new_zeros((len(regions), features[0].shape[1], cells, cells), dtype=features[0].dtype)
+    for k, (level, maps) in enumerate(zip(levels, features, strict=True)):
+        found = roi_align(maps, regions.to(maps.dtype), cells, 0.5**level, SAMPLES)
+        pooled = torch.where((of == k)[:, None, None, None], found.to(pooled.dtype), pooled)
+    return pooled
+
+
 class PromptHead(nn.Module):
     """Reads the features around a given box and writes the parameters of its dynamic head."""
 
     def __init__(self, channels: int, levels: tuple[int, ...], cells: int, context: float, head: HeadShape) -> None:
         super().__init__()
-        self.levels, self.context = levels, context
-        self.pool = MultiScaleRoIAlign([str(k) for k in levels], cells, sampling_ratio=2)
-        groups = math.gcd(32, max(channels // 8, 1))
+        self.levels, self.context, self.cells = levels, context, cells
+        self.pool = MultiScaleRoIAlign([str(k) for k in levels], cells, sampling_ratio=SAMPLES)
+        groups = norm_groups(channels)
         self.convs = nn.Sequential(
             *(
                 nn.Sequential(
@@ -104,9 +132,13 @@ class PromptHead(nn.Module):
         grown = []
         for b in boxes:
             centre, half = (b[:, :2] + b[:, 2:]) / 2, (b[:, 2:] - b[:, :2]).clamp(min=1.0) * (self.context / 2)
-            grown.append(torch.cat([centre - half, centre + half], 1).to(features[self.levels[0]].dtype))
-        levels = {str(k): features[k] for k in self.levels}
-        x = self.pool(levels, grown, [size] * len(boxes))
+            # Half precision would move a side of a box by pixels.
+            precision = torch.promote_types(features[self.levels[0]].dtype, torch.float32)
+            grown.append(torch.cat([centre - half, centre + half], 1).to(precision))
+        if grown[0].device.type == "cpu":
+            x = self.pool({str(k): features[k] for k in self.levels}, grown, [size] * len(boxes))
+        else:
+            x = pool_without_waiting([features[k] for k in self.levels], grown, self.levels, self.cells)
         # Adam moves every weight by the learning rate, so a sum over all hidden units moves by many times that, and
         # the product of three layers made of it runs away. Normalised units and this factor keep the steps small.
         hidden = self.hidden(self.convs(x).flatten(1)) * _HIDDEN**-0.5

@@ -100,6 +100,13 @@ class ModelConfig:
         for name in ("width", "fpn_channels", "mask_branch_channels", "mask_channels", "head_channels", "prompt_cells"):
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}", getattr(self, name), "Give a positive number.")
+        for name in ("dense_layers", "mask_branch_layers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name}", getattr(self, name), "Give 0 or more.")
+        for name in ("pixel_mean", "pixel_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(v) and (v > 0 or name == "pixel_mean") for v in values):
+                raise InputError(f"model.{name}", values, "Give a number for each of red, green and blue.")
         if not 0 <= self.frozen_stages <= 5:
             raise InputError("model.frozen_stages", self.frozen_stages, "Give 0 (train all) to 5 (none of it).")
         if self.head_groups < 0 or (self.head_groups and self.fpn_channels % self.head_groups):
@@ -107,7 +114,7 @@ class ModelConfig:
             raise InputError("model.head_groups", self.head_groups, remedy)
         if self.head_layers < 2:
             raise InputError("model.head_layers", self.head_layers, "Give at least 2.")
-        if self.prompt_context < 1:
+        if not 1 <= self.prompt_context < math.inf:
             raise InputError("model.prompt_context", self.prompt_context, "Give 1 (the box itself) or more.")
         if self.contrast_stretch is not None:
             low, high = self.contrast_stretch
@@ -140,7 +147,7 @@ class LossConfig:
     """Least colour similarity (τ) of neighbours that are taken to have one label. Raise it when masks flow over their
     object's border, lower it when they stay patchy."""
     kernel_size: int = 3
-    """Side of the neighbourhood of the colour edges."""
+    """Side of the neighbourhood of the colour edges: 3, 5 or 7."""
     dilation: int = 2
     """Spacing of that neighbourhood, in cells of the loss grid."""
     theta: float = 2.0
@@ -190,18 +197,18 @@ class LossConfig:
             "fill_weight",
             "teacher_weight",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"loss.{name}", getattr(self, name), "Give 0 or more.")
         if not 0 <= self.color_threshold <= 1:
             raise InputError("loss.color_threshold", self.color_threshold, "Give a similarity between 0 and 1.")
-        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
-            raise InputError("loss.kernel_size", self.kernel_size, "Give an odd number of at least 3.")
+        if self.kernel_size not in (3, 5, 7):
+            raise InputError("loss.kernel_size", self.kernel_size, "Give 3, 5 or 7.")
         for name in ("dilation", "max_positives"):
             if getattr(self, name) < 1:
                 raise InputError(f"loss.{name}", getattr(self, name), "Give at least 1.")
         if not 0 <= self.fill_range[0] < self.fill_range[1] <= 1:
             raise InputError("loss.fill_range", self.fill_range, "Give 0 ≤ least < most ≤ 1.")
-        if self.theta <= 0:
+        if not 0 < self.theta < math.inf:
             raise InputError("loss.theta", self.theta, "Give a positive number.")
 
 

@@ -102,6 +102,13 @@ def _run_layers(first: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
     return x.squeeze(1)
 
 
+def _in_one_precision(features: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the finer precision of the two: under autocast, features are coarser than what a controller in the
+    precision of its weights says."""
+    dtype = torch.promote_types(features.dtype, parameters.dtype)
+    return features.to(dtype), parameters.to(dtype)
+
+
 def _parts(start: int, end: int, cells: int, device: torch.device) -> Iterator[slice]:
     """The instances from ``start`` to ``end``, each of so many cells, in parts that go through the layers together."""
     limit = _CELLS_AT_ONCE if device.type == "cpu" else _CELLS_AT_ONCE_GPU
@@ -138,6 +145,7 @@ def dynamic_masks(
         [P, h, w] logits.
     """
     h, w = features.shape[-2:]
+    features, parameters = _in_one_precision(features, parameters)
     masks = [features.new_zeros((0, h, w)) + parameters.sum()]  # also where there is no instance, one can go back
     for n, group in groupby(range(len(image_index)), image_index.__getitem__):
         members = list(group)
@@ -179,6 +187,7 @@ def dynamic_mask_windows(
     Returns:
         [P, rows, columns] logits.
     """
+    features, parameters = _in_one_precision(features, parameters)
     masks = [features.new_zeros((0, *size)) + parameters.sum()]
     for part in _parts(0, len(parameters), size[0] * size[1], features.device):
         (weight, bias), *rest = head.split(parameters[part])

@@ -79,6 +79,12 @@ class DenseOutputs:
     """(h, w) of each level."""
 
 
+def norm_groups(channels: int) -> int:
+    """Groups of a normalisation of so many channels: 32 of the published 256, and fewer in slim heads, as a group of
+    one value cannot be normalised."""
+    return math.gcd(32, max(channels // 8, 1), channels)
+
+
 class DenseHead(nn.Module):
     """FCOS head: two towers of convolutions with GroupNorm, shared by the levels; centre-ness and the controller
     read the box tower."""
@@ -86,8 +92,7 @@ class DenseHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, num_parameters: int, *, layers: int, groups: int = 0) -> None:
         super().__init__()
 
-        # 32 groups of the published 256 channels; fewer in slim heads, as a group of one value cannot be normalised.
-        groups = groups or math.gcd(32, max(channels // 8, 1))
+        groups = groups or norm_groups(channels)
 
         def tower() -> nn.Sequential:
             parts: list[nn.Module] = []

@@ -140,12 +140,13 @@ def prompt_masks(
             chosen = torch.where(own.any((1, 2), keepdim=True), own, chosen)
         score = promised_iou(probability, chosen) * outline_contrast(chosen, similarity, corners, (height, width))
         scores[who.cpu()] = score.cpu()
+        chosen, values = chosen.cpu(), fine.cpu() if raw is not None else fine  # in one piece: each copy has a wait
         for k, (p, (x, y)) in enumerate(zip(who.tolist(), corners.tolist(), strict=True)):
             region = (p, slice(y, min(y + rows, height)), slice(x, min(x + columns, width)))
             size = (slice(0, max(0, height - y)), slice(0, max(0, width - x)))
-            masks[region] = chosen[k][size].cpu()
+            masks[region] = chosen[k][size]
             if raw is not None:
-                raw[region] = fine[k][size].cpu()
+                raw[region] = values[k][size]
     return Instances(boxes.cpu(), scores, torch.zeros(len(boxes), dtype=torch.int64), masks, raw)
 
 

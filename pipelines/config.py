@@ -181,7 +181,7 @@ class TrainConfig:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise InputError("--name", repr(self.name), "Use letters, digits, '_', '-' and '.' only.")
         for name in ("learning_rate", "batch_size", "workers", "log_every", "checkpoint_every", "num_to_keep"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give a positive number.")
         for name in (
             "weight_decay",
@@ -199,7 +199,7 @@ class TrainConfig:
             "max_failures",
             "minutes",
         ):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name.replace('_', '-')}", getattr(self, name), "Give 0 or more.")
         for name in ("momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -299,7 +299,8 @@ class EvaluateConfig:
     mode: Mode = "prompt"
     """`prompt`: one mask for every given box. `detect`: no boxes given, the model finds the objects."""
     max_detections: int = 100
-    """The best objects of an image, per class, that count for AP. 100 is COCO's; raise it where images hold more."""
+    """The best objects of an image, per class, that count for AP; in detect mode no more are kept of an image, of all
+    classes together. 100 is COCO's; raise it where images hold more."""
     score_threshold: float = 0.05
     """Least class probability × centre-ness of a detection, in detect mode, as published. Its root is the score that is
     reported."""

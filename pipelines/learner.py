@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from boxinst.condinst import CondInst, Outputs
 from boxinst.criterion import Criterion
+from boxinst.errors import InputError
 from boxinst.structures import Batch
 from boxinst.tensors import load_strict
 from pipelines.config import TrainConfig
@@ -50,7 +51,7 @@ class Learner:
         """Inverse of ``state``. Learning rate and other options of the optimiser stay as they are: they may be new.
 
         Raises:
-            InputError: the state is of a network with other tensors.
+            InputError: the state is of a network with other tensors, or of an optimiser that ordered them otherwise.
         """
         self.step = state["step"]
         load_strict(self.network, state["model"], "checkpoint")
@@ -61,6 +62,10 @@ class Learner:
             for name, moment in moments.items():
                 if moment.shape == parameter.shape:  # the optimiser's fast path wants the parameter's memory order
                     moments[name] = torch.empty_like(parameter).copy_(moment)
+                elif name != "step":  # a checkpoint has them by their position
+                    value = f"a moment of {list(moment.shape)} for a tensor of {list(parameter.shape)}"
+                    remedy = "Another version wrote it: train under another --name, with --init from this run's model."
+                    raise InputError("checkpoint", value, remedy)
         self.schedule.load_state_dict({**state["schedule"], "base_lrs": self.schedule.base_lrs})
         for group, rate, factor in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.ops import MultiScaleRoIAlign
 
 import boxinst
 from boxinst import CondInst, InputError, ModelConfig
+from boxinst.condinst import SAMPLES, pool_without_waiting
+from boxinst.config import LossConfig
 from boxinst.dynamic import HeadShape
 
 TINY = {"backbone": "resnet18", "width": 8, "fpn_channels": 16}
@@ -35,11 +38,65 @@ def images(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
         ({"head_layers": 1}, "model.head_layers"),
         ({"fpn_channels": 0}, "model.fpn_channels"),
         ({"prompt_context": 0.5}, "model.prompt_context"),
+        ({"prompt_context": float("nan")}, "model.prompt_context"),
+        ({"dense_layers": -1}, "model.dense_layers"),
+        ({"pixel_std": (1.0, 0.0, 1.0)}, "model.pixel_std"),
+        ({"pixel_mean": (1.0, 2.0)}, "model.pixel_mean"),
     ],
 )
 def test_config_errors_name_the_option(change, name):
     with pytest.raises(InputError, match=name):
         ModelConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"kernel_size": 9}, {"kernel_size": 4}, {"theta": float("nan")}, {"pairwise_weight": float("inf")}]
+)
+def test_loss_config_errors_name_the_option(change):
+    with pytest.raises(InputError, match=rf"loss\.{next(iter(change))}"):
+        LossConfig(**change)
+
+
+@pytest.mark.parametrize("channels", [16, 34, 33])
+def test_any_number_of_channels_can_be_normalised(channels):
+    model = CondInst(ModelConfig(classes=("a",), **{**TINY, "fpn_channels": channels})).eval()
+    out = model(torch.zeros(1, 3, 64, 64), [torch.tensor([[1.0, 2, 30, 40]])])
+    assert out.prompt is not None
+    assert bool(out.prompt.isfinite().all())
+
+
+def regions(count, seed=0):
+    """Boxes of 2 to 2,000 pixels, of which many lie at the bounds between two levels."""
+    g = torch.Generator().manual_seed(seed)
+    sides = torch.cat([2 + torch.rand(count, 1, generator=g) ** 3 * 2000, torch.tensor([[112.0], [224], [448]])])
+    corners = torch.rand(len(sides), 2, generator=g) * 200
+    return torch.cat([corners, corners + sides], 1)
+
+
+def test_pooling_without_waiting_is_torchvisions():
+    features = [torch.randn(2, 5, 64 >> k, 96 >> k, requires_grad=True) for k in range(3)]
+    boxes = [regions(40), torch.zeros(0, 4)]
+    pool = MultiScaleRoIAlign(["3", "4", "5"], 7, sampling_ratio=SAMPLES)
+    wanted = pool(dict(zip("345", features, strict=True)), boxes, [(512, 768)] * 2)
+    found = pool_without_waiting(features, boxes, (3, 4, 5), 7)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    weights = torch.randn_like(wanted)
+    for one, other in zip(*(torch.autograd.grad((x * weights).sum(), features) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert pool_without_waiting(features, [torch.zeros(0, 4)] * 2, (3, 4, 5), 7).shape == (0, 5, 7, 7)
+
+
+def test_boxes_keep_their_pixels_in_half_precision():
+    """At 1,200 pixels bfloat16 knows every eighth alone."""
+    model = CondInst(ModelConfig(classes=("a",), detect=False, **TINY)).eval()
+    assert model.prompt_head is not None
+    seen = []
+    model.prompt_head.pool.register_forward_pre_hook(lambda _, given: seen.append(given[1][0]))
+    box = torch.tensor([[1209.0, 99, 1233, 123]])
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(torch.zeros(1, 3, 128, 1248), [box])
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8])

@@ -50,7 +50,8 @@ STEP = 10_000
 def plain_controllers(dense: DenseOutputs, n: int) -> Tensor:
     """[L, K] of one image, at all locations."""
     of = dense.controllers
-    maps = [F.conv2d(level[n : n + 1], of.weight, of.bias, padding=1).flatten(2) for level in of.features]
+    levels = (level[n : n + 1].to(of.weight.dtype) for level in of.features)
+    maps = [F.conv2d(level, of.weight, of.bias, padding=1).flatten(2) for level in levels]
     return torch.cat(maps, 2)[0].T
 
 
@@ -71,7 +72,7 @@ class PlainCriterion(Criterion):
         where = where[where >= 0]
         who, stride = instance[where], self.model.loss_stride
         coarse = plain_masks(
-            features,
+            features.float(),
             torch.full_like(where, n),
             plain_controllers(dense, n)[where],
             places.points[where],
