@@ -14,13 +14,20 @@ from torch import Tensor
 
 import boxinst
 from boxinst.condinst import CondInst
+from boxinst.config import ModelConfig
+from boxinst.errors import InputError
 from boxinst.structures import Instances
 from boxinst.tensors import CONFIG_FILE, WEIGHTS_FILE
 from boxinst.transforms import eval_resize, restore
 from pipelines.config import Resolution
 
 MASK_PIXELS = 2**28
-"""Bound on boxes × pixels of one image that are held at once, as a byte each."""
+"""Bound on the bytes of masks that are held at once: of images that go through the model together, and of what is
+restored to the size of its image."""
+
+MASK_PIXELS_OF_ONE = 2**31
+"""The same of one image alone, whose boxes go through the model together where they can: a pixel that several of them
+hold may belong to one mask (``model.exclusive``)."""
 
 
 def pack(folder: Path) -> dict[str, bytes]:
@@ -42,6 +49,16 @@ def unpack(files: Callable[[], Mapping[str, bytes]], *, device: str = "cpu", thr
         for name, data in files().items():
             (Path(folder) / name).write_bytes(data)
         return boxinst.load(folder, device=device)
+
+
+def check_prompted(model: ModelConfig, uri: str) -> None:
+    """Whether a model takes boxes, as ``segment`` needs it.
+
+    Raises:
+        InputError: it does not; ``uri`` is how the user named it.
+    """
+    if not model.prompt:
+        raise InputError("--model", f"{uri} takes no boxes (model.prompt is off)", "Train one with it on.")
 
 
 def threads(workers: int) -> int:
@@ -69,19 +86,20 @@ def segment(
 
     Yields:
         The position of an image, which of its boxes, and their masks in the image's own pixels. An image with many
-        boxes comes in several pieces; together they hold every box once, in order.
+        boxes comes in several pieces; together they hold every box once, in order. All boxes of an image are seen
+        together, unless their masks were to take more than ``MASK_PIXELS_OF_ONE``.
     """
     resized = [eval_resize(image, resolution.short_side, resolution.max_side) for image in images]
     scaled = [given * scale for given, (_, scale) in zip(boxes, resized, strict=True)]
-    fits = [k for k in range(len(images)) if len(boxes[k]) <= _at_once(resized[k][0])]
+    held = [_held(given, image) for given, (image, _) in zip(scaled, resized, strict=True)]
+    fits = [k for k in range(len(images)) if sum(held[k]) <= MASK_PIXELS]
     together = model.segment([resized[k][0] for k in fits], [scaled[k] for k in fits]) if fits else []
     for k, found in zip(fits, together, strict=True):
         yield from _restored(k, 0, found, images[k])
     for k in sorted(set(range(len(images))) - set(fits)):
-        size = _at_once(resized[k][0])
-        for start in range(0, len(boxes[k]), size):
-            (found,) = model.segment([resized[k][0]], [scaled[k][start : start + size]])
-            yield from _restored(k, start, found, images[k])
+        for part in _pieces(held[k]):
+            (found,) = model.segment([resized[k][0]], [scaled[k][part]])
+            yield from _restored(k, part.start, found, images[k])
 
 
 def detect(
@@ -94,13 +112,26 @@ def detect(
     return found
 
 
-def _at_once(image: Tensor) -> int:
-    """How many masks of an image [3, H, W] are held at once."""
-    return max(1, MASK_PIXELS // (image.shape[1] * image.shape[2]))
+def _held(boxes: Tensor, image: Tensor) -> list[int]:
+    """About the bytes that the mask of each box [n, 4] of an image [3, H, W] takes before it is restored: those of the
+    rows that its window touches. The rest of it is never written to, and takes no memory (``prompts._blank_masks``)."""
+    rows = 2 * (boxes[:, 2:] - boxes[:, :2]).amax(1).ceil() + 32 if len(boxes) else boxes.new_zeros(0)
+    return [int(r) * image.shape[2] for r in rows.clamp(max=image.shape[1]).tolist()]
+
+
+def _pieces(held: Sequence[int]) -> Iterator[slice]:
+    """Boxes in order, cut where what their masks hold would pass ``MASK_PIXELS_OF_ONE``."""
+    start = total = 0
+    for k, size in enumerate(held):
+        if total and total + size > MASK_PIXELS_OF_ONE:
+            yield slice(start, k)
+            start, total = k, 0
+        total += size
+    yield slice(start, len(held))
 
 
 def _restored(k: int, start: int, found: Instances, image: Tensor) -> Iterator[tuple[int, slice, Instances]]:
-    size = _at_once(image)
+    size = max(1, MASK_PIXELS // (image.shape[1] * image.shape[2]))
     for first in range(0, len(found), size):
         part = slice(first, first + size)
         piece = replace(

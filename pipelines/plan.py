@@ -41,6 +41,7 @@ def segmenting(config: SegmentConfig, options: PlanConfig) -> Forecast:
     counts = index.manifest.counts
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
+    inference.check_prompted(model, config.model)
     registry.check_classes(model.classes, index.manifest.categories, model=config.model, shards=config.shards)
     reading = trial.read(index, options.images, COLUMNS)
     began = time.time()

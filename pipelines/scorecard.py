@@ -102,7 +102,7 @@ class Evaluator:
         resolution: of the images in the network.
         exif: which pixels the boxes refer to.
         mode: as for ``Scorecard``.
-        score_threshold: least score of a detection.
+        score_threshold: least class probability × centre-ness of a detection.
         max_detections: kept per image.
         baselines: as for ``Scorecard``.
     """

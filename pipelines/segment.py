@@ -61,8 +61,7 @@ def _run(
     shards = storage.read_manifest(config.shards, "shards")
     folder = registry.resolve(config.model)
     model = boxinst.load(folder).config
-    if not model.prompt:
-        raise InputError("--model", f"{config.model} takes no boxes (model.prompt is off)", "Train one with it on.")
+    inference.check_prompted(model, config.model)
     registry.check_classes(model.classes, shards.categories, model=config.model, shards=config.shards)
     label = registry.identify(config.model)
     source = {

@@ -69,7 +69,8 @@ class Segmenter:
         return pa.Table.from_pylist(results, schema=maskrows.PART_SCHEMA)
 
     def _segment(self, samples: Sequence[tuple[Tensor, Tensor]]) -> list[list[BoxMask]]:
-        """The boxes of each (image, boxes). What cannot be done together is tried image by image, then box by box."""
+        """The boxes of each (image, boxes). What cannot be done together is tried image by image, then box by box; a
+        pixel may then belong to several masks, whatever the model says."""
         try:
             return self._together(samples)
         except Exception as error:
