@@ -45,7 +45,7 @@ On your own data:
   boxinst segment  --model models:/cells/1 --shards shards/train --out masks/train
   boxinst review   --masks masks/train --shards shards/train --app
   boxinst feedback --out corpus2/train.json
-  boxinst promote  --model models:/cells/1 --shards shards/val
+  boxinst promote  --name cells --shards shards/val
 
 Every option has a default or says that it is required; --recipe NAME|FILE sets many at once. Paths may be
 folders or s3://bucket/prefix. A model is a folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/PATH.

@@ -1,7 +1,7 @@
 """Walk the whole path at once: shard, train, evaluate, segment, review, verdicts, feedback, promote; and report.
 
-  boxinst demo                                             a drawn corpus, a few minutes on two cores
-  boxinst demo --corpus ../shared/data/nuclei --recipe nuclei   yours: images/, annotations/instances_{train,val}.json
+  boxinst demo                                     a drawn corpus, a few minutes on two cores
+  boxinst demo --corpus FOLDER --recipe nuclei     yours: images/, annotations/instances_{train,val}.json
 
 Run it again and it says what was done already; what was stopped goes on.
 """

@@ -173,7 +173,7 @@ def config_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
         patch.setattr(options, "parse_following", stop)
         status = cli.main(words)
     assert configs, f"{shlex.join(words)}: refused with status {status}"
-    if words[0] == "submit":
+    if words[0] == "submit" and "--" in words:
         config_of(words[words.index("--") + 1 :], monkeypatch)
     if words[0] == "plan":
         config_of(words[next(k for k, word in enumerate(words) if word in PLANNED) :], monkeypatch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Literal
 
 import pyarrow as pa
 import pytest
+from commands import ask_boxinst
 
 from boxinst.errors import InputError
 from jobs import cli, options
@@ -358,3 +361,20 @@ def test_a_bucket_that_does_not_exist_is_named_before_any_cluster_work(
     with pytest.raises(InputError, match=f"^{GONE}: no such bucket at http://127"):
         importlib.import_module(cli.module(words[0])).main(words[1:])
     assert not (home / "demo").exists(), "nor is a corpus drawn"
+
+
+def examples(text: str) -> list[str]:
+    """The whole command lines of a help text, without what is said beside them."""
+    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines() if re.match(r" *boxinst [a-z]", line))
+    said = (re.split(r"\s{3,}(?![\s-])", line)[0] for line in lines)
+    return [line for line in said if "..." not in line and "[" not in line]
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_every_example_of_help_is_a_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://HOST:8265")
+    text = importlib.import_module(cli.module(command)).__doc__ if command else cli.HELP
+    found = examples(str(text))
+    assert found
+    for line in found:
+        ask_boxinst(shlex.split(line), monkeypatch)
