@@ -84,10 +84,15 @@ def reject(
         "action": action,
         "image_id": image_id,
         "annotation_id": annotation_id,
-        "file_name": file_name,
+        "file_name": None if file_name is None else _text(file_name),
         "reason": reason,
-        "value": str(value)[:200],
+        "value": _text(str(value)[:200]),
     }
+
+
+def _text(value: str) -> str:
+    """``value`` with half characters (lone surrogates, which JSON may hold) spelled out, so that it can be stored."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def reject_annotations(entry: ImageEntry, value: object) -> list[dict[str, Any]]:
@@ -113,7 +118,7 @@ def parse(data: bytes, path: str) -> Corpus:
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise not_json(path, error) from None
     for key in LISTS:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -126,10 +131,13 @@ def parse(data: bytes, path: str) -> Corpus:
     _attach(content["annotations"], images, {c.id for c in categories}, rejects)
     kept = []
     for entry in sorted(images.values(), key=lambda e: e.id):
-        if _stays_inside(entry.file_name):
+        if _stays_inside(entry.file_name) and _text(entry.file_name) == entry.file_name:
             kept.append(entry)
             continue
-        reason = "file name leaves the images folder" if entry.file_name else "no file name"
+        reason = "no file name"
+        if entry.file_name:
+            outside = not _stays_inside(entry.file_name)
+            reason = "file name leaves the images folder" if outside else "file name holds half a character"
         rejects.append(reject("image", reason, entry.file_name, image_id=entry.id, file_name=entry.file_name))
         rejects += reject_annotations(entry, reason)
     return Corpus(categories, kept, rejects, len(content["images"]), len(content["annotations"]))
@@ -282,9 +290,12 @@ def clip(bbox: Any, width: int, height: int) -> tuple[list[float], bool]:
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
         raise ValueError("box is not four numbers")
-    if not all(math.isfinite(v) for v in bbox):
+    try:
+        x, y, w, h = (float(v) for v in bbox)
+    except OverflowError:  # an integer beyond every float
+        x = y = w = h = math.inf
+    if not all(math.isfinite(v) for v in (x, y, w, h)):
         raise ValueError("box is not finite")
-    x, y, w, h = (float(v) for v in bbox)
     if w <= EPSILON or h <= EPSILON:
         raise ValueError("empty box")
     given = [x, y, x + w, y + h]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pycocotools import mask as mask_api
@@ -66,6 +67,7 @@ def test_order_and_labels_are_those_of_the_ids() -> None:
         ([image(1, file_name="a/../../secret.png")], "file name leaves the images folder", 0),
         ([image(1, file_name="/etc/passwd.png")], "file name leaves the images folder", 0),
         ([image(1, file_name=None)], "no file name", 0),
+        ([image(1, file_name="a\ud800.png")], "file name holds half a character", 0),
     ],
 )
 def test_rejected_images(images: list[Any], reason: str, kept: int) -> None:
@@ -76,6 +78,7 @@ def test_rejected_images(images: list[Any], reason: str, kept: int) -> None:
     assert corpus.entered_images == len(images) == kept + len(own)
     boxes = [r for r in corpus.rejects if r["kind"] == "box"]
     assert [r["reason"] for r in boxes] == ([] if kept else ["image rejected"])
+    assert len(pa.Table.from_pylist(corpus.rejects, schema=REJECT_SCHEMA)) == len(corpus.rejects), "it can be stored"
 
 
 def test_sub_folders_are_no_escape() -> None:
@@ -106,6 +109,7 @@ def test_rejected_boxes(annotation: Any, reason: str) -> None:
     ("data", "message"),
     [
         (b"\x89PNG", r"a\.json is not JSON"),
+        (b"[" * 200_000, r"a\.json is not JSON"),
         (b"", r"a\.json is not JSON"),
         (b"[]", r'a\.json is not COCO: it has no list "images"'),
         (b'{"images": [], "annotations": {}}', r'no list "annotations"'),
@@ -163,6 +167,7 @@ def test_clipped_boxes_are_kept_and_recorded() -> None:
         ([1, 2, 3, True], "box is not four numbers"),
         ([1, 2, float("nan"), 4], "box is not finite"),
         ([1, float("inf"), 3, 4], "box is not finite"),
+        ([10**400, 2, 3, 4], "box is not finite"),
         ([1, 2, 0, 4], "empty box"),
         ([1, 2, 3, -4], "empty box"),
         ([20, 2, 3, 4], "box outside the image"),
