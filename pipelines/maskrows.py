@@ -116,6 +116,7 @@ def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any])
         RuntimeError: an image or a box of the shards has no row, which is a defect of this program.
     """
     counts: Counter[str] = Counter(images=0, boxes=0, ok=0, empty=0, errors=0)
+    storage.clear(out, keep=[storage.CLAIM, PARTS, DONE])  # what a run that was killed here has left
     files: list[File] = []
     rows = _counted(_in_order(out, _image_ids(shards_uri, shards)), source["model"], counts)
     for number, first in enumerate(rows):
