@@ -269,7 +269,7 @@ def _backbone(state: Mapping[str, Tensor], source: str) -> str:
     for name, shape in BACKBONES.items():
         if shape == (kind, blocks):
             return name
-    remedy = f"Give a checkpoint with one of {', '.join(BACKBONES)}."
+    remedy = f"Give a BoxInst or CondInst checkpoint with one of {', '.join(BACKBONES)}, and --from as its origin."
     raise InputError(source, f"a backbone of {blocks} blocks ({kind})", remedy)
 
 

@@ -112,6 +112,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
             "checkpoint", f"{file} cannot be read ({error})".replace("\n", " "), "Download it again."
         ) from error
     except Exception as error:  # torch raises pickle.UnpicklingError for what is not a tensor
+        with file.open("rb") as opened:
+            start = opened.read(2)
+        if start != b"PK" and start[:1] != b"\x80":  # the marks of torch.save's archives, and of pickles
+            raise InputError("checkpoint", f"{file} is no checkpoint", "Give a .pth or .safetensors file.") from error
         remedy = "Where you trust the file, load it there and save its state dict alone with torch.save."
         reason = " ".join(str(error).split())[:200]
         raise InputError("checkpoint", f"{file} holds more than tensors ({reason})", remedy) from error

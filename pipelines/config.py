@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -373,7 +374,8 @@ class SegmentConfig:
     @property
     def output(self) -> str:
         """Where the mask rows go."""
-        return self.out or f"{settings.store()}/masks/{PurePosixPath(self.shards).name}"
+        shards = self.shards if self.shards.startswith("s3://") else os.path.abspath(self.shards)  # "." has no name
+        return self.out or f"{settings.store()}/masks/{PurePosixPath(shards).name}"
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,14 @@ def collapsed_masks(metrics: Mapping[str, float], step: int, config: TrainConfig
     if step < min(config.loss.warmup_steps, config.steps):
         return found
     if (share := metrics.get("fill_over_95", 0.0)) > FULL_SHARE:
-        found[FULL] = f"At step {step:,} {share:.0%} of the masks fill their whole box. {_against_full(config)}"
+        found[FULL] = f"At step {step:,} {share:.0%} of the masks fill their whole box. {_against_full(config)} {_ANEW}"
     if (share := metrics.get("fill_under_05", 0.0)) > HOLLOW_SHARE:
-        found[HOLLOW] = f"At step {step:,} {share:.0%} of the masks are empty or nearly so. {_against_hollow(config)}"
+        text = f"At step {step:,} {share:.0%} of the masks are empty or nearly so. {_against_hollow(config)} {_ANEW}"
+        found[HOLLOW] = text
     return found
+
+
+_ANEW = "Stop, and start with that under another --name: a run that goes on keeps its losses."
 
 
 def _against_full(config: TrainConfig) -> str:

@@ -82,6 +82,8 @@ def explained(uri: str) -> Iterator[None]:
         if is_s3(uri):  # or is it the bucket that does not exist?
             diagnosis.check(uri)
         raise
+    except IsADirectoryError as error:
+        raise InputError(redact(uri), "is a folder", "Name a file.") from error
     except (OSError, ClientError, BotoCoreError) as error:
         if is_s3(uri):
             raise diagnosis.explain(uri, error) from error
