@@ -299,6 +299,12 @@ def register(
     return Version(name, int(made.version))
 
 
+def registered(run_id: str, name: str) -> Version | None:
+    """The version of ``name`` that a run's model was registered as; None where there is none."""
+    numbers = [int(v.version) for v in _versions(name) if v.run_id == run_id]
+    return Version(name, max(numbers)) if numbers else None
+
+
 # The champion.
 
 

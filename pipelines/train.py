@@ -416,7 +416,10 @@ def _keep(fitted: ray.train.Result, job: Job, control: Any, folder: str, started
             with tracking.explained(
                 f"The model is in {kept}: the same command, when the server is back, registers it."
             ):
-                version = registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags).uri
+                # A command that was killed before it wrote its result may have registered it.
+                made = registry.registered(job.run_id, config.name)
+                made = made or registry.register(job.run_id, scratch, config.name, metrics=metrics, tags=tags)
+                version = made.uri
     finest = best.recorded(*storage.fs_path(folder))
     result = TrainResult(
         status="finished" if finished else "stopped",

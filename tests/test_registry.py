@@ -182,6 +182,13 @@ def test_registering_leaves_the_run_and_the_process_as_they_were(world: World) -
     assert world.versions[1].uri == "models:/shapes/2"
 
 
+def test_the_version_that_a_run_was_registered_as(world: World, name: str) -> None:
+    assert registry.registered(world.run.run_id, "shapes") == registry.Version("shapes", 3)
+    assert registry.registered(world.run.run_id, name) == registry.Version(name, 4)
+    assert registry.registered("0" * 32, "shapes") is None
+    assert registry.registered(world.run.run_id, "shapez") is None
+
+
 def test_a_bad_model_name_is_refused() -> None:
     for bad in ("a/b", "a:b", "a@b", "", " a"):
         with pytest.raises(InputError, match=r"name: .* letters, digits"):

@@ -169,6 +169,19 @@ def test_a_finished_run_says_so_and_trains_nothing(whole: TrainResult, config: T
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
+def test_killed_before_it_wrote_its_result_a_run_is_registered_once(
+    whole: TrainResult, config: TrainConfig, shards: dict[str, str]
+) -> None:
+    written = settings.home() / "runs" / "whole" / "result.json"
+    before = written.read_bytes()
+    written.unlink()
+    again = run(replace(config, val=shards["val"], eval_every=3))
+    assert (again.status, again.resumed_from, again.version) == ("finished", STEPS, whole.version)
+    assert registry.find("models:/whole/latest").version == 1
+    written.write_bytes(before)
+
+
 def stopped_at_once(config: TrainConfig) -> TrainResult:
     """What comes of Ctrl-C before the first step."""
     before = signal.getsignal(signal.SIGINT)
