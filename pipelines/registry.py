@@ -27,7 +27,7 @@ from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 import boxinst
 from boxinst.errors import InputError
 from boxinst.tensors import CONFIG_FILE, WEIGHTS_FILE
-from pipelines import settings, storage
+from pipelines import settings, storage, tracking
 from pipelines.promotion import PromoteConfig, Promotion, check_name, limits, replay, table
 from pipelines.schema import Category
 
@@ -154,8 +154,9 @@ def check_classes(classes: Sequence[str], categories: Sequence[Category], *, mod
 
 
 def client() -> MlflowClient:
-    """A client of the tracking server (and registry) that the settings name."""
-    return MlflowClient(tracking_uri=settings.mlflow_uri())
+    """A client of the tracking server (and registry) that the settings name, and that answers."""
+    tracking.check_answers(uri := settings.mlflow_uri())  # MLflow itself would try for minutes
+    return MlflowClient(tracking_uri=uri)
 
 
 def _known(name: str, uri: str) -> tuple[list[int], dict[str, int]]:

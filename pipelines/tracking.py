@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -72,7 +73,7 @@ class Run:
             InputError: ``run_id`` is no run of this tracking server, or the server does not answer.
         """
         uri = tracking_uri or settings.mlflow_uri()
-        _check_answers(uri)
+        check_answers(uri)
         client = MlflowClient(tracking_uri=uri)
         known: Mapping[str, str] = {}
         if run_id is None:
@@ -158,7 +159,7 @@ def artifacts(experiment: str) -> str:
         InputError: the server does not answer.
     """
     uri = settings.mlflow_uri()
-    _check_answers(uri)
+    check_answers(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return settings.artifacts_uri()  # to ask would make the database
     found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
@@ -202,7 +203,13 @@ def _hopeless(error: Exception) -> bool:
     return 400 <= error.get_http_status_code() < 500 and error.get_http_status_code() != 429
 
 
-def _check_answers(uri: str) -> None:
+@functools.cache
+def check_answers(uri: str) -> None:
+    """Whether the MLflow server at ``uri`` answers; once it has, it is not asked again.
+
+    Raises:
+        InputError: nobody does.
+    """
     if not uri.startswith("http"):
         return
     try:

@@ -392,3 +392,18 @@ def test_replay_knows_of_an_alias_moved_by_hand() -> None:
         Promotion("promote", 3, 2, "x", "1", "", {}, ""),
     ]
     assert promotion.replay(moves) == [1, 2, 3]
+
+
+# A server that is away.
+
+
+def test_a_registered_model_of_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
+    for ask in (
+        lambda: registry.resolve("models:/shapes/1"),
+        lambda: registry.resolve("runs:/1a2b"),
+        lambda: registry.rollback(PromoteConfig("shapes")),
+    ):
+        with pytest.raises(InputError, match=r"MLflow: nobody answers at .*127\.0\.0\.1:9.*Start the MLflow server") as e:
+            ask()
+        assert "hunter2" not in str(e.value)
