@@ -404,6 +404,6 @@ def test_a_registered_model_of_a_server_that_is_away(monkeypatch: pytest.MonkeyP
         lambda: registry.resolve("runs:/1a2b"),
         lambda: registry.rollback(PromoteConfig("shapes")),
     ):
-        with pytest.raises(InputError, match=r"MLflow: nobody answers at .*127\.0\.0\.1:9.*Start the MLflow server") as e:
+        with pytest.raises(InputError, match=r"MLflow: nobody answers at .*127\.0\.0\.1:9.*Start the MLflow") as e:
             ask()
         assert "hunter2" not in str(e.value)
