@@ -304,7 +304,7 @@ def test_the_whole_path_is_the_same_with_faults_and_without(
 ) -> None:
     import boto3
 
-    outcomes, masks, written = [], [], []
+    outcomes, masks, following, written = [], [], [], []
     for name in ("calm", "rough"):
         bucket = f"{s3}-{name}"
         boto3.client("s3").create_bucket(Bucket=bucket.removeprefix("s3://"))
@@ -324,6 +324,7 @@ def test_the_whole_path_is_the_same_with_faults_and_without(
         manifest = storage.read_manifest(f"{bucket}/demo/masks", "masks")
         table = pa.concat_tables(storage.row_groups(f"{bucket}/demo/masks", manifest))
         masks.append(table.to_pylist())
+        following.append(json.loads(storage.read_bytes(f"{bucket}/demo/next.json")))
 
     calm, rough = outcomes
     for part in ("shards", "val"):
@@ -336,6 +337,7 @@ def test_the_whole_path_is_the_same_with_faults_and_without(
     # Two trainings of the same seed on one machine agree but for the last digits of their weights.
     assert calm["trained"]["metrics"] == pytest.approx(rough["trained"]["metrics"], abs=1e-6)
     for outcome in outcomes:
+        assert outcome["trained"]["resumed_from"] == 0, "no worker has failed and begun again"
         del outcome["figures"]["images_per_second"]
     assert calm["figures"] == pytest.approx(rough["figures"], abs=1e-6)
     for row, other in zip(*masks, strict=True):
@@ -343,4 +345,6 @@ def test_the_whole_path_is_the_same_with_faults_and_without(
         assert row == other
     assert calm["verdicts"] == rough["verdicts"]
     assert calm["corpus"]["masks"] == rough["corpus"]["masks"]
+    assert len(following[0]["annotations"]) == counts["boxes"]
+    assert following[0] == following[1]
     print(written, file=sys.stderr)
