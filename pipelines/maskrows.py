@@ -52,8 +52,6 @@ _IMAGES_AHEAD = 1024
 """Images whose parts are being read: S3 answers late, but many at once."""
 _PARTS_IN_MEMORY = 32
 _READERS = 16
-_PENDING = ".pending.parquet"
-"""End of the name of a record whose part may not be complete."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,20 @@ def unfinished(out: str, shards_uri: str, shards: Manifest) -> list[str]:
         shards: their manifest.
     """
     paths = storage.shard_files(shards_uri, shards)
-    fs, path = storage.fs_path(storage.join(out, DONE))
-    if not len(ids := done(path, fs)):
+    fs, root = storage.fs_path(out)
+    if not len(ids := done(root, fs)):
         return paths
     of_shards = _ids(paths, storage.filesystem(shards_uri))
     return [path for path, own in zip(paths, of_shards, strict=True) if not np.isin(own, ids).all()]
 
 
-def done(path: str, fs: pafs.FileSystem) -> np.ndarray:
-    """Ids of the images whose parts are complete, by the records in a folder: int64, sorted, each once."""
-    found = patiently(lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
-    records = [info.path for info in found if info.type == pafs.FileType.File and not info.path.endswith(_PENDING)]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *_ids(records, fs)]))
+def done(root: str, fs: pafs.FileSystem) -> np.ndarray:
+    """Ids of the images that are in a complete part, in the folder ``root`` of an output: int64, sorted, each once.
+
+    The parts are asked, not the records: an image whose part was lost is done again.
+    """
+    parts = [f"{root}/{PARTS}/{name}" for name in _committed(root, fs)]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *_ids(parts, fs)]))
 
 
 def publish(out: str, shards_uri: str, shards: Manifest, source: dict[str, Any]) -> Manifest:
@@ -196,11 +196,11 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
 
     Parts are written as workers finish, nearly in that order; so few are needed at a time, and those are kept.
     """
-    fs, root = storage.fs_path(storage.join(out, PARTS))
-    names = _committed(out)
-    found = list(_ids([f"{root}/{name}" for name in names], fs))
+    fs, root = storage.fs_path(out)
+    paths = [f"{root}/{PARTS}/{name}" for name in _committed(root, fs)]
+    found = list(_ids(paths, fs))
     ids = np.concatenate([np.empty(0, np.int64), *found])
-    part = np.repeat(np.arange(len(names)), [len(f) for f in found])
+    part = np.repeat(np.arange(len(paths)), [len(f) for f in found])
     within = np.concatenate([np.empty(0, np.int64), *(np.arange(len(f)) for f in found)])
     # An image may be there twice, when a worker outlived its killed driver for a moment: one is as good as the other.
     known, at = np.unique(ids, return_index=True)
@@ -208,7 +208,7 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
         raise RuntimeError(f"{len(missing)} images have no masks, the first is {missing[0]}")
 
     def read(k: int) -> pa.Table:
-        table = patiently(lambda: pq.read_table(f"{root}/{names[k]}", filesystem=fs))
+        table = patiently(lambda: pq.read_table(paths[k], filesystem=fs))
         return table.select(PART_SCHEMA.names).cast(PART_SCHEMA)
 
     rows = at[np.searchsorted(known, image_ids)]
@@ -228,12 +228,18 @@ def _in_order(out: str, image_ids: np.ndarray) -> Iterator[pa.Table]:
             yield pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rank))))
 
 
-def _committed(out: str) -> list[str]:
+def _committed(root: str, fs: pafs.FileSystem) -> list[str]:
     """Names of the parts that Ray Data has recorded as complete, in order."""
-    done = {PurePosixPath(name).stem for name in storage.list_files(storage.join(out, DONE))}
-    names = list(storage.list_files(storage.join(out, PARTS)))
-    # A part is named as its record, with a number after it where one record covers several files.
-    return [n for n in names if {PurePosixPath(n).stem, PurePosixPath(n).stem.rpartition("-")[0]} & done]
+    recorded = {PurePosixPath(name).stem for name in _names(f"{root}/{DONE}", fs)}
+    # A part is named as its record, with a number after it where one record covers several files. Of a record whose
+    # part may not be complete, the stem ends in ".pending".
+    names = sorted(_names(f"{root}/{PARTS}", fs))
+    return [n for n in names if {PurePosixPath(n).stem, PurePosixPath(n).stem.rpartition("-")[0]} & recorded]
+
+
+def _names(path: str, fs: pafs.FileSystem) -> list[str]:
+    found = patiently(lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return [info.base_name for info in found if info.type == pafs.FileType.File]
 
 
 def _counted(images: Iterable[pa.Table], model: str, counts: Counter[str]) -> Iterator[pa.Table]:

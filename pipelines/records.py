@@ -12,7 +12,7 @@ from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 
 
 class Records(IdColumnCheckpointManager):
-    """Reads all records at once. Ray Data's own way is a data job, with processes to start and tasks to run."""
+    """Reads all parts at once. Ray Data's own way is a data job, with processes to start and tasks to run."""
 
     def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[Any, int]:
         """The ids of the images that are done, sorted, as Ray's reference to them and their size in bytes.
@@ -25,5 +25,5 @@ class Records(IdColumnCheckpointManager):
 
         if data_file_dir is not None:
             self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        ids = maskrows.done(self.checkpoint_path_unwrapped, self.filesystem)
+        ids = maskrows.done(self.checkpoint_path_unwrapped.rstrip("/").rpartition("/")[0], self.filesystem)
         return (ray.put(ids), ids.nbytes) if len(ids) else (None, 0)
