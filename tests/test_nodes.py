@@ -23,9 +23,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from nodes import Nodes, wait_until
-from safetensors.torch import load_file
+from safetensors.torch import load
 
-from pipelines import storage
+from pipelines import checkpoint, maskrows, storage
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -38,6 +38,8 @@ TRAIN = shlex.split(
     --batch-size 4 --lr-warmup-steps 1 --log-every 1 --precision fp32 --checkpoint-every 3 --data-workers 1
     --no-register"""
 )
+INTERVAL = 3
+"""Steps between two checkpoints."""
 PAIR = shlex.split("--workers 2 --cpus-per-worker 2")
 SEGMENT = shlex.split("--short-side 384 --checkpoint-images 1 --batch-size 1 --workers 2")
 
@@ -59,17 +61,31 @@ def train(name: str, shards: dict[str, str], *more: str) -> list[str]:
     return ["train", "--shards", shards["train"], "--val", shards["val"], "--name", name, *TRAIN, *(more or PAIR)]
 
 
-def result(home: Path, name: str) -> dict[str, Any]:
-    return json.loads((home / "runs" / name / "result.json").read_text())
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, home: Path) -> str:
+    """Where a command's output goes: its home, and a bucket."""
+    return str(home) if request.param == "local" else f"{request.getfixturevalue('s3')}/store"
 
 
-def checkpointed(home: Path, name: str) -> int:
-    """The step of the last checkpoint that a run would go on from; 0 when there is none."""
+def result(store: str | Path, name: str) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(f"{store}/runs/{name}/result.json"))
+
+
+def checkpointed(store: str | Path, name: str, least: int = 1) -> int:
+    """The step of the last checkpoint that a run would go on from; 0 when there is none or it is below ``least``."""
     try:
-        snapshot = (home / "runs" / name / "checkpoint_manager_snapshot.json").read_text()
-        return int(json.loads(snapshot)["latest_checkpoint_result"]["checkpoint_dir_name"].rpartition("_")[2])
+        snapshot = json.loads(storage.read_bytes(f"{store}/runs/{name}/{checkpoint.LIST}"))
+        step = int(snapshot["latest_checkpoint_result"]["checkpoint_dir_name"].rpartition("_")[2])
     except (FileNotFoundError, ValueError, TypeError):  # not yet, or just being written
         return 0
+    return step if step >= least else 0
+
+
+def reached(store: str | Path, home: Path, name: str) -> int:
+    """The last step that MLflow was told of."""
+    run_id = json.loads(storage.read_bytes(f"{store}/runs/{name}/run.json"))["run_id"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+    return max(entry.step for entry in client.get_metric_history(run_id, "train/loss"))
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +95,25 @@ def unbroken(home: Path, cluster: Nodes, shards: dict[str, str]) -> dict[str, An
     return result(home, "unbroken")
 
 
-def assert_same_end(home: Path, name: str, unbroken: dict[str, Any], killed_at: int) -> None:
-    """Not less than the last checkpoint was kept, and the rest was done as in the unbroken run."""
-    ended = result(home, name)
+def assert_same_end(store: str | Path, name: str, unbroken: dict[str, Any], kept: int, last: int | None = None) -> None:
+    """Not less than the last checkpoint was kept, and the rest was done as in the unbroken run.
+
+    Args:
+        store: where the run is.
+        name: of the run.
+        unbroken: result of a run that nothing disturbed.
+        kept: step of the last checkpoint before the kill.
+        last: the last step before the kill.
+    """
+    ended = result(store, name)
     assert (ended["status"], ended["steps"]) == ("finished", unbroken["steps"])
-    assert killed_at <= ended["resumed_from"] < unbroken["steps"]
+    assert kept <= ended["resumed_from"] < unbroken["steps"]
+    if last is not None:
+        # One interval, and another while the upload of a checkpoint is under way: the next one waits for it.
+        assert 0 <= last - ended["resumed_from"] <= 2 * INTERVAL
     assert ended["metrics"] == pytest.approx(unbroken["metrics"], abs=1e-6)
-    wanted = load_file(Path(unbroken["model"]) / "model.safetensors")
-    for key, tensor in load_file(Path(ended["model"]) / "model.safetensors").items():
+    wanted = load(storage.read_bytes(f"{unbroken['model']}/model.safetensors"))
+    for key, tensor in load(storage.read_bytes(f"{ended['model']}/model.safetensors")).items():
         assert torch.allclose(tensor, wanted[key], atol=1e-6), key
 
 
@@ -94,10 +121,11 @@ def test_a_training_worker_is_killed(
     home: Path, cluster: Nodes, shards: dict[str, str], unbroken: dict[str, Any]
 ) -> None:
     with nodes.command(*train("worker", shards), home=home, address=cluster.address, log=home / "log") as command:
-        at = wait_until(lambda: checkpointed(home, "worker"), "a checkpoint")
+        at = wait_until(lambda: checkpointed(home, "worker", 2 * INTERVAL), "two checkpoints")
         os.kill(cluster.processes("RayTrainWorker")[1].pid, signal.SIGKILL)
+        last = reached(home, home, "worker")
         assert command.wait(nodes.LIMIT) == 0, (home / "log").read_text()
-    assert_same_end(home, "worker", unbroken, at)
+    assert_same_end(home, "worker", unbroken, at, last)
 
 
 def test_a_node_is_killed_in_training(
@@ -114,22 +142,24 @@ def test_a_node_is_killed_in_training(
 
 
 def test_the_driver_of_a_training_is_killed(
-    home: Path, cluster: Nodes, shards: dict[str, str], unbroken: dict[str, Any]
+    store: str, home: Path, cluster: Nodes, shards: dict[str, str], unbroken: dict[str, Any]
 ) -> None:
-    words = train("driver", shards)
-    with nodes.command(*words, home=home, address=cluster.address, log=home / "log") as command:
-        wait_until((home / "runs" / "driver.claim").exists, "the run's claim")
-        with nodes.command(*words, home=home, address=cluster.address, log=home / "second") as second:
+    name, variables = "driver-s3" if storage.is_s3(store) else "driver", {"BOXINST_STORE": store}
+    words = train(name, shards)
+    with nodes.command(*words, home=home, address=cluster.address, log=home / "log", env=variables) as command:
+        wait_until(lambda: storage.exists(f"{store}/runs/{name}.claim"), "the run's claim")
+        with nodes.command(*words, home=home, address=cluster.address, log=home / "second", env=variables) as second:
             assert second.wait(nodes.LIMIT) == 2
         said = (home / "second").read_text()
         assert "boxinst train: --name: " in said
         assert f"is being written by process {command.pid}" in said
-        at = wait_until(lambda: checkpointed(home, "driver"), "a checkpoint")
+        at = wait_until(lambda: checkpointed(store, name, 2 * INTERVAL), "two checkpoints")
         nodes.kill_all(command)
-    assert not (home / "runs" / "driver" / "result.json").exists()
+    assert not storage.exists(f"{store}/runs/{name}/result.json")
     wait_until(lambda: not cluster.processes("RayTrainWorker"), "the end of the workers")
-    nodes.run(*words, home=home, address=cluster.address, log=home / "log")
-    assert_same_end(home, "driver", unbroken, at)
+    last = reached(store, home, name)
+    nodes.run(*words, home=home, address=cluster.address, log=home / "log", env=variables)
+    assert_same_end(store, name, unbroken, at, last)
 
 
 def test_an_elastic_training_goes_on_with_the_workers_that_are_left(
@@ -149,6 +179,27 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(
     # Not to the digit, as each worker normalises by its own images.
     for name in ("mask_iou", "box_iou"):
         assert ended["metrics"][name] == pytest.approx(unbroken["metrics"][name], abs=0.25), name
+
+
+def test_an_elastic_training_takes_in_a_worker_when_a_node_comes(
+    home: Path, shards: dict[str, str], tmp_path: Path
+) -> None:
+    words = train("grown", shards, *PAIR, "--workers-min", "1")
+    words[words.index("--steps") + 1] = "5000"  # more than it needs: it is stopped
+    with (
+        nodes.running(*CPUS[:2]) as small,
+        nodes.command(*words, home=home, address=small.address, log=tmp_path / "log") as command,
+    ):
+        at = wait_until(lambda: checkpointed(home, "grown"), "a checkpoint")
+        assert len(small.processes("RayTrainWorker")) == 1
+        small.tell(f"add {CPUS[2]}")
+        wait_until(lambda: len(set(map(small.node_of, small.processes("RayTrainWorker")))) == 2, "a second worker")
+        before = checkpointed(home, "grown")
+        wait_until(lambda: checkpointed(home, "grown", before + 2 * INTERVAL), "checkpoints of both")
+        assert len(small.processes("RayTrainWorker")) == 2
+        command.send_signal(signal.SIGINT)
+        assert command.wait(nodes.LIMIT) == 0, (tmp_path / "log").read_text()
+    assert at <= before
 
 
 # What a run leans on goes away. One worker, in a cluster of the command's own.
@@ -300,36 +351,45 @@ def _joined(within: list[str], count: int) -> bool:
 # Segmentation
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    manifest = storage.read_manifest(str(out), "masks")
-    return [row for table in storage.row_groups(str(out), manifest) for row in table.to_pylist()]
+def rows(out: str) -> list[dict[str, Any]]:
+    manifest = storage.read_manifest(out, "masks")
+    return [row for table in storage.row_groups(out, manifest) for row in table.to_pylist()]
 
 
-def segment(out: Path, shards: dict[str, str], model: str) -> list[str]:
-    return ["segment", "--model", model, "--shards", shards["train"], "--out", str(out), *SEGMENT]
+def segment(out: str, shards: dict[str, str], model: str) -> list[str]:
+    return ["segment", "--model", model, "--shards", shards["train"], "--out", out, *SEGMENT]
+
+
+def parts(out: str) -> list[str]:
+    """Of a run under way, the records of the parts that are whole: that of another has a name that says so."""
+    return [name for name in storage.list_files(f"{out}/{maskrows.DONE}") if not name.endswith(".pending.parquet")]
 
 
 @pytest.fixture(scope="module")
 def wanted(home: Path, cluster: Nodes, shards: dict[str, str], tiny_model: str) -> list[dict[str, Any]]:
     """Mask rows of a run that nothing disturbed."""
-    out = home / "masks" / "unbroken"
+    out = str(home / "masks" / "unbroken")
     nodes.run(*segment(out, shards, tiny_model), home=home, address=cluster.address, log=home / "log")
     return rows(out)
 
 
-@pytest.mark.parametrize("victim", ["actor", "node", "driver"])
+@pytest.mark.parametrize(
+    ("victim", "place"), [("actor", "local"), ("node", "local"), ("driver", "local"), ("driver", "s3")]
+)
 def test_a_part_of_a_segmentation_is_killed(
     victim: str,
+    place: str,
+    request: pytest.FixtureRequest,
     home: Path,
     cluster: Nodes,
     shards: dict[str, str],
     tiny_model: str,
     wanted: list[dict[str, Any]],
 ) -> None:
-    out = home / "masks" / victim
+    out = f"{home if place == 'local' else request.getfixturevalue('s3')}/masks/{victim}"
     words = segment(out, shards, tiny_model)
     with nodes.command(*words, home=home, address=cluster.address, log=home / "log") as command:
-        wait_until(lambda: len(list(out.glob("checkpoint/*.parquet"))) >= 2, "two parts")
+        wait_until(lambda: len(parts(out)) >= 2, "two parts")
         actors = cluster.processes("MapWorker(MapBatches(Segmenter))")
         if victim == "actor":
             actors[0].kill()
@@ -338,7 +398,7 @@ def test_a_part_of_a_segmentation_is_killed(
             cluster.tell("add 3")
         else:
             nodes.kill_all(command)
-        assert not (out / "manifest.json").exists()
+        assert not storage.exists(f"{out}/manifest.json")
         if victim == "driver":
             nodes.run(*words, home=home, address=cluster.address, log=home / "log")
         assert victim == "driver" or command.wait(nodes.LIMIT) == 0, (home / "log").read_text()
