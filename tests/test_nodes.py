@@ -23,6 +23,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from nodes import Nodes, wait_until
+from rows import masks_of
 from safetensors.torch import load
 
 from pipelines import checkpoint, maskrows, storage
@@ -351,11 +352,6 @@ def _joined(within: list[str], count: int) -> bool:
 # Segmentation
 
 
-def rows(out: str) -> list[dict[str, Any]]:
-    manifest = storage.read_manifest(out, "masks")
-    return [row for table in storage.row_groups(out, manifest) for row in table.to_pylist()]
-
-
 def segment(out: str, shards: dict[str, str], model: str) -> list[str]:
     return ["segment", "--model", model, "--shards", shards["train"], "--out", out, *SEGMENT]
 
@@ -370,7 +366,7 @@ def wanted(home: Path, cluster: Nodes, shards: dict[str, str], tiny_model: str) 
     """Mask rows of a run that nothing disturbed."""
     out = str(home / "masks" / "unbroken")
     nodes.run(*segment(out, shards, tiny_model), home=home, address=cluster.address, log=home / "log")
-    return rows(out)
+    return masks_of(out)
 
 
 @pytest.mark.parametrize(
@@ -402,4 +398,4 @@ def test_a_part_of_a_segmentation_is_killed(
         if victim == "driver":
             nodes.run(*words, home=home, address=cluster.address, log=home / "log")
         assert victim == "driver" or command.wait(nodes.LIMIT) == 0, (home / "log").read_text()
-    assert rows(out) == wanted
+    assert masks_of(out) == wanted
