@@ -9,6 +9,7 @@ import functools
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -190,10 +191,13 @@ def _surest(windows: Iterable[_Window], size: tuple[int, int]) -> Tensor:
 
 
 def _blank_masks(count: int, height: int, width: int) -> Tensor:
-    """[count, height, width] bool, all False. What is never written to takes neither memory nor time: the system makes
-    a page of zeros when it is touched, where torch.zeros would fill all of them at once."""
+    """[count, height, width] bool, all False. What is never written to takes neither memory nor time, also where it is
+    read: the system makes a page of zeros when it is first written to, where torch.zeros would fill all at once."""
     size = count * height * width
-    zeros = mmap.mmap(-1, max(size, 1))  # lives as long as the tensor does
+    # Private, since of a shared mapping reading makes pages too. It lives as long as the tensor does.
+    zeros = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # where a system has them, a huge page would hold whole masks
+        zeros.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(zeros, dtype=torch.bool)[:size].view(count, height, width)
 
 

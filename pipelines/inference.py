@@ -22,12 +22,12 @@ from boxinst.transforms import eval_resize, restore
 from pipelines.config import Resolution
 
 MASK_PIXELS = 2**28
-"""Bound on the bytes of masks that are held at once: of images that go through the model together, and of what is
-restored to the size of its image."""
+"""Bound on the bytes that the masks of an image take: of one that goes through the model in company, and of what is
+restored to the size of its image at a time."""
 
 MASK_PIXELS_OF_ONE = 2**31
-"""The same of one image alone, whose boxes go through the model together where they can: a pixel that several of them
-hold may belong to one mask (``model.exclusive``)."""
+"""The same of an image that goes through the model alone. Its boxes are cut into pieces only above that: a pixel that
+several of them hold may have to belong to one mask (``model.exclusive``)."""
 
 
 def pack(folder: Path) -> dict[str, bytes]:
@@ -113,10 +113,11 @@ def detect(
 
 
 def _held(boxes: Tensor, image: Tensor) -> list[int]:
-    """About the bytes that the mask of each box [n, 4] of an image [3, H, W] takes before it is restored: those of the
-    rows that its window touches. The rest of it is never written to, and takes no memory (``prompts._blank_masks``)."""
-    rows = 2 * (boxes[:, 2:] - boxes[:, :2]).amax(1).ceil() + 32 if len(boxes) else boxes.new_zeros(0)
-    return [int(r) * image.shape[2] for r in rows.clamp(max=image.shape[1]).tolist()]
+    """At most the bytes that the mask of each box [n, 4] of an image [3, H, W] takes before it is restored: those of
+    the rows of its window, which is square. Nothing else of it is written to (``prompts._blank_masks``)."""
+    longer = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).max(1).values if len(boxes) else boxes.new_zeros(0)
+    rows = (2 * longer + 64).clamp(max=image.shape[1])
+    return [int(r) * image.shape[2] for r in rows.tolist()]
 
 
 def _pieces(held: Sequence[int]) -> Iterator[slice]:

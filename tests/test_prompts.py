@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +88,20 @@ def test_boxes_apart_are_as_before() -> None:
     shared, owned = (segment(network(1, exclusive=e), [picture()], [apart])[0] for e in (False, True))
     assert torch.equal(shared.masks, owned.masks)
     assert torch.equal(shared.scores, owned.scores)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_what_no_mask_writes_to_takes_no_memory_though_it_is_read() -> None:
+    before = resident()
+    masks = prompts._blank_masks(200, 1024, 1024)
+    masks[:, 500:516, 100:116] = True
+    assert int(masks.any(2).sum()) == 200 * 16
+    assert resident() - before < 60e6, "all of them are 210 MB"
 
 
 def test_no_mask_is_left_without_a_pixel() -> None:
