@@ -6,7 +6,7 @@ Reading never guesses: an image or a box that cannot be used becomes a reject wi
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,13 +131,10 @@ def parse(data: bytes, path: str) -> Corpus:
     _attach(content["annotations"], images, {c.id for c in categories}, rejects)
     kept = []
     for entry in sorted(images.values(), key=lambda e: e.id):
-        if _stays_inside(entry.file_name) and _text(entry.file_name) == entry.file_name:
+        reason = _unusable(entry.file_name)
+        if not reason:
             kept.append(entry)
             continue
-        reason = "no file name"
-        if entry.file_name:
-            outside = not _stays_inside(entry.file_name)
-            reason = "file name leaves the images folder" if outside else "file name holds half a character"
         rejects.append(reject("image", reason, entry.file_name, image_id=entry.id, file_name=entry.file_name))
         rejects += reject_annotations(entry, reason)
     return Corpus(categories, kept, rejects, len(content["images"]), len(content["annotations"]))
@@ -228,9 +225,14 @@ def integer(value: object) -> int | None:
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
-def _stays_inside(name: str) -> bool:
+def _unusable(name: str) -> str:
+    """Why no image can be read by a file name; empty where one can."""
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    if not name:
+        return "no file name"
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        return "file name leaves the images folder"
+    return "" if _text(name) == name else "file name holds half a character"
 
 
 # --- COCO to rows ---------------------------------------------------------------------------------------------------
@@ -290,12 +292,9 @@ def clip(bbox: Any, width: int, height: int) -> tuple[list[float], bool]:
     """
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
         raise ValueError("box is not four numbers")
-    try:
-        x, y, w, h = (float(v) for v in bbox)
-    except OverflowError:  # an integer beyond every float
-        x = y = w = h = math.inf
-    if not all(math.isfinite(v) for v in (x, y, w, h)):
+    if not all(abs(v) <= sys.float_info.max for v in bbox):  # NaN, infinity, and integers beyond every float
         raise ValueError("box is not finite")
+    x, y, w, h = (float(v) for v in bbox)
     if w <= EPSILON or h <= EPSILON:
         raise ValueError("empty box")
     given = [x, y, x + w, y + h]

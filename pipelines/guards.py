@@ -77,6 +77,9 @@ FULL_SHARE, HOLLOW_SHARE = 0.5, 0.25
 """Shares of masks that fill their box, or leave it empty, above which something is wrong. Some objects are rectangles,
 so more than half of the masks must be; hardly any object leaves its box empty."""
 
+ANEW = "Stop, and start with that under another --name: a run that goes on keeps its losses."
+"""What every such warning ends with."""
+
 
 def collapsed_masks(metrics: Mapping[str, float], step: int, config: TrainConfig) -> dict[str, str]:
     """Warnings about the masks of a validation, by kind; before the end of the warm-up they are rough by design.
@@ -90,14 +93,10 @@ def collapsed_masks(metrics: Mapping[str, float], step: int, config: TrainConfig
     if step < min(config.loss.warmup_steps, config.steps):
         return found
     if (share := metrics.get("fill_over_95", 0.0)) > FULL_SHARE:
-        found[FULL] = f"At step {step:,} {share:.0%} of the masks fill their whole box. {_against_full(config)} {_ANEW}"
+        found[FULL] = f"At step {step:,} {share:.0%} of the masks fill their whole box. {_against_full(config)}"
     if (share := metrics.get("fill_under_05", 0.0)) > HOLLOW_SHARE:
-        text = f"At step {step:,} {share:.0%} of the masks are empty or nearly so. {_against_hollow(config)} {_ANEW}"
-        found[HOLLOW] = text
-    return found
-
-
-_ANEW = "Stop, and start with that under another --name: a run that goes on keeps its losses."
+        found[HOLLOW] = f"At step {step:,} {share:.0%} of the masks are empty or nearly so. {_against_hollow(config)}"
+    return {kind: f"{text} {ANEW}" for kind, text in found.items()}
 
 
 def _against_full(config: TrainConfig) -> str:

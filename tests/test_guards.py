@@ -89,7 +89,7 @@ def test_masks_are_rough_before_the_end_of_the_warm_up() -> None:
 def test_full_masks_name_the_option_that_fits_the_run(loss: LossConfig, said: str) -> None:
     found = collapsed_masks(masks(0.72), 1000, replace(CONFIG, loss=loss))
     assert found[guards.FULL].startswith("At step 1,000 72% of the masks fill their whole box.")
-    assert found[guards.FULL].endswith(f"{said} {guards._ANEW}")
+    assert found[guards.FULL].endswith(f"{said} {guards.ANEW}")
 
 
 def test_empty_masks_name_warm_up_and_weight() -> None:

@@ -282,6 +282,9 @@ def test_pickles_and_what_is_no_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="cannot be read"):
         weights.from_adelaidet(tmp_path / "torn.safetensors")
+    (tmp_path / "page.pth").write_text("<html>Not found</html>")
+    with pytest.raises(InputError, match=r"page\.pth is no checkpoint"):
+        weights.from_adelaidet(tmp_path / "page.pth")
 
 
 def test_variances_of_old_detectron2_files_are_corrected(state: dict[str, Tensor], tmp_path: Path) -> None:
