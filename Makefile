@@ -19,8 +19,8 @@ setup: $(INSTALLED)  ## virtual environment with the pinned packages; done once
 demo: setup  ## the whole path, on a drawn corpus or on CORPUS=DIR
 	$(BIN)/boxinst demo --recipe $(RECIPE) $(if $(CORPUS),--corpus $(CORPUS))
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## all tests, two files at a time: most wait for a process that starts
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: setup  ## the long tests too: real kills, servers and environments of their own
 	$(BIN)/python -m pytest -m "" $(ARGS)
