@@ -20,7 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from boxinst import predict
-from boxinst.backbone import FPN, Pointwise, ResNet
+from boxinst.backbone import FPN, Conv3x3, Pointwise, ResNet
 from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
@@ -56,7 +56,7 @@ class MaskBranch(nn.Module):
         super().__init__()
 
         def block(inputs: int) -> nn.Sequential:
-            conv = nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+            conv = Conv3x3(inputs, channels, bias=False)
             nn.init.kaiming_uniform_(conv.weight, a=1)  # as published
             return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 

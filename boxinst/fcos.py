@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from boxinst.backbone import Conv3x3
+
 DETECT_LEVELS = (3, 4, 5, 6, 7)
 SIZES_OF_INTEREST = (64.0, 128.0, 256.0, 512.0, 1024.0)
 """Per detection level: the largest side regressed there, and the unit of its relative coordinates (pixels)."""
@@ -97,12 +99,12 @@ class DenseHead(nn.Module):
         def tower() -> nn.Sequential:
             parts: list[nn.Module] = []
             for _ in range(layers):
-                parts += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels)]
+                parts += [Conv3x3(channels, channels), nn.GroupNorm(groups, channels)]
                 parts += [nn.ReLU(inplace=True)]
             return nn.Sequential(*parts)
 
         self.class_tower, self.box_tower = tower(), tower()
-        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.class_logits = Conv3x3(channels, num_classes)
         self.distances = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
         self.controller = nn.Conv2d(channels, num_parameters, 3, padding=1)

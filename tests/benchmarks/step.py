@@ -35,7 +35,7 @@ from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
 from boxinst import Batch, CondInst, ModelConfig, Targets
-from boxinst.backbone import FixedNorm, Pointwise
+from boxinst.backbone import Conv3x3, FixedNorm, Pointwise
 from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion, _MaskSums
@@ -109,7 +109,7 @@ class Case:
         for module in plain.modules():
             if isinstance(module, FixedNorm):
                 module.__class__ = FrozenBatchNorm2d
-            elif isinstance(module, Pointwise):
+            elif isinstance(module, Pointwise | Conv3x3):
                 module.__class__ = torch.nn.Conv2d
         laid_out = copy.deepcopy(plain).to(memory_format=torch.channels_last)
         # The network lays its images out itself, channels last.
