@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,13 +26,16 @@ from botocore.exceptions import (
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
+    ResponseStreamingError,
     SSLError,
 )
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from urllib3.exceptions import HTTPError
 
 from pipelines.redaction import redact
 
 if TYPE_CHECKING:
+    from botocore.model import OperationModel
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
@@ -102,7 +105,16 @@ def _client(environment: tuple[tuple[str, str], ...]) -> S3Client:
         max_pool_connections=32,
         retries={"mode": "standard", "total_max_attempts": 3},
     )
-    return session.client("s3", region_name=region, config=config)
+    made = session.client("s3", region_name=region, config=config)
+    made.meta.events.register("before-parse.s3", _complete)
+    return made
+
+
+def _complete(operation_model: OperationModel, response_dict: Mapping[str, Any], **_: object) -> None:
+    """Refuse an answer that is shorter than it says, which botocore takes: of "no such key" it would leave "404"."""
+    body, promised = response_dict["body"], response_dict["headers"].get("content-length")
+    if isinstance(body, bytes) and promised and operation_model.http["method"] != "HEAD" and len(body) != int(promised):
+        raise ShortReadError(f"{len(body)} bytes of {promised}")
 
 
 def endpoint() -> str | None:
@@ -189,6 +201,12 @@ def patiently(operation: Callable[[], T], seconds: float | None = None, *, quiet
     limit = PATIENCE if seconds is None else seconds
     told = False
 
+    def once() -> T:
+        try:
+            return operation()
+        except HTTPError as error:  # botocore lets it through where the answer to a read is an error and breaks off
+            raise ResponseStreamingError(error=error) from error
+
     def tell(state: RetryCallState) -> None:
         """Tell the user, once, why nothing happens."""
         nonlocal told
@@ -206,7 +224,7 @@ def patiently(operation: Callable[[], T], seconds: float | None = None, *, quiet
         before_sleep=tell,
         reraise=True,
     )
-    return attempts(operation)
+    return attempts(once)
 
 
 def passes(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
 
 import boxinst
 from boxinst.errors import InputError
-from pipelines import checkpoint, feed, storage, train_loop
+from pipelines import checkpoint, claims, feed, storage, train_loop
 from pipelines.config import Resolution, SegmentConfig, ShardConfig, TrainConfig
 from pipelines.schema import SHARD_SCHEMA, Category, Manifest
 from pipelines.segment import run as run_segment
@@ -71,6 +71,20 @@ def test_everything_is_whole_whatever_happens(proxy: FaultProxy, s3: str, faults
     assert list(storage.list_files(f"{s3}/x")) == ["b.parquet"]
     (kind,) = proxy.met
     assert proxy.met[kind] > 4, "each operation but those without a body has met it"
+
+
+@pytest.mark.parametrize("fault", ["reset", "truncate"])
+def test_an_answer_that_says_no_may_break_off_too(
+    proxy: FaultProxy, s3: str, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    with proxy.faults(Faults(**{fault: 1.0}, most=2)), pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"{s3}/none.bin")
+    assert proxy.met[fault] == 2
+    with proxy.faults(Faults(**{fault: 1.0}, most=2)), claims.held(f"{s3}/out", "--out"):
+        assert proxy.met[fault] == 4
+    monkeypatch.setattr("pipelines.s3.PATIENCE", 0.5)
+    with proxy.faults(Faults(**{fault: 1.0})), pytest.raises(InputError, match="keeps breaking off"):
+        storage.read_bytes(f"{s3}/none.bin")
 
 
 def test_a_large_object_whose_last_answer_is_lost_is_there_once_and_whole(
