@@ -20,11 +20,12 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from boxinst import predict
-from boxinst.backbone import FPN, Conv3x3, Pointwise, ResNet
+from boxinst.backbone import FPN, ResNet
 from boxinst.config import ModelConfig
 from boxinst.dynamic import HeadShape, aligned_upsample
 from boxinst.errors import InputError
 from boxinst.fcos import DETECT_LEVELS, DenseHead, DenseOutputs, norm_groups
+from boxinst.layers import Conv3x3, Pointwise
 from boxinst.structures import Instances
 from boxinst.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, load_backbone, load_strict
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from boxinst.backbone import Conv3x3
+from boxinst.layers import Conv3x3
 
 DETECT_LEVELS = (3, 4, 5, 6, 7)
 SIZES_OF_INTEREST = (64.0, 128.0, 256.0, 512.0, 1024.0)

@@ -35,12 +35,12 @@ from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
 from boxinst import Batch, CondInst, ModelConfig, Targets
-from boxinst.backbone import Conv3x3, FixedNorm, Pointwise
 from boxinst.condinst import Outputs
 from boxinst.config import LossConfig
 from boxinst.criterion import Criterion, _MaskSums
 from boxinst.dynamic import HeadShape, aligned_upsample, box_masks
 from boxinst.fcos import DenseOutputs, Locations
+from boxinst.layers import Conv3x3, FixedNorm, Pointwise
 
 INSTANCES = 8
 STEP = 10_000
