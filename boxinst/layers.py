@@ -99,6 +99,7 @@ class Conv3x3(nn.Conv2d):
         large = min(self.in_channels, self.out_channels) >= 80 and x.shape[2] * x.shape[3] >= 500
         plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         alone = torch.get_num_threads() == 1 and not torch.compiler.is_compiling()
-        if len(x) and large and plain and alone and torch.is_grad_enabled() and HAS_NNPACK:
+        trains = self.training and torch.is_grad_enabled()
+        if len(x) and large and plain and alone and trains and HAS_NNPACK:
             return _Winograd.apply(x, self.weight, self.bias)
         return super().forward(x)

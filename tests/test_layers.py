@@ -112,6 +112,9 @@ def test_only_training_takes_the_coarser_rounding():
 
     with torch.no_grad():
         assert same()
+    conv.eval()
+    assert same(), "not in training, though gradients are on"
+    conv.train()
     assert same(x[..., :21]), "few pixels"
     assert same(x[:0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
