@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 METRICS = ("mask_iou", "mask_ap", "mask_ap50", "box_ap")
 SHARED = "--recipe nuclei --model.no-exclusive"
@@ -192,6 +193,7 @@ def measure(name: str, data: Path, out: Path, threads: int) -> dict[str, Any]:
     )
     row = {"name": name, "model": trained.model, "minutes": trained.seconds / 60, "steps": trained.steps, **figures}
     if variant.corpus == "nuclei" and variant.mode == "prompt":
+        torch.set_num_threads(threads or torch.get_num_threads())
         row["types"] = by_type(trained.model, val, annotations_of(data, out, "nuclei", "val"))
     return row
 
@@ -253,8 +255,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def picture(model_folder: str, val: str, out: Path, image_ids: tuple[int, ...] = ()) -> None:
     """Boxes, our masks and true masks of some validation images, side by side: one row per image."""
-    import torch
-
     import boxinst
     from boxinst.visualize import overlay, side_by_side, to_png
     from pipelines import storage
@@ -285,7 +285,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("boxinst-home/benchmarks"), help="runs, shards and figures")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="which rows")
-    parser.add_argument("--threads", type=int, default=0, help="of a training; 0 for all cores")
+    parser.add_argument("--threads", type=int, default=0, help="of a row; 0 for all cores")
     parser.add_argument("--images", nargs="*", type=int, default=[], help="ids of the images in the picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
