@@ -96,6 +96,8 @@ VARIANTS = {
         "boxes alone, mean teacher in the second half",
         f"{SHARED} --loss.teacher-weight 1",
     ),
+    "nuclei-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", "--recipe nuclei"),
+    "nuclei-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", "--recipe nuclei"),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
     "nuclei-masks-shared": Variant("nuclei", "train", "all masks, which may overlap", SHARED),
     "nuclei-projection": Variant(
