@@ -172,7 +172,7 @@ def shard(data: Path, out: Path, corpus: str, split: str) -> str:
     return uri
 
 
-def measure(name: str, data: Path, out: Path, threads: int) -> dict[str, Any]:
+def measure(name: str, data: Path, out: Path, threads: int, seed: int) -> dict[str, Any]:
     """One row: train (or find trained) and evaluate."""
     from jobs import options
     from pipelines import evaluate, train
@@ -180,7 +180,7 @@ def measure(name: str, data: Path, out: Path, threads: int) -> dict[str, Any]:
     variant = VARIANTS[name]
     val = shard(data, out, variant.corpus, "val")
     argv = f"{variant.train} --shards {shard(data, out, variant.corpus, variant.labels)} --val {val} --name {name}"
-    argv += f" --cpus-per-worker {threads}"
+    argv += f" --cpus-per-worker {threads} --seed {seed}"
     config = options.parse(train.TrainConfig, argv.split(), command="train", about=None)
     trained = train.run(config)
     figures = evaluate.run(
@@ -288,6 +288,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("boxinst-home/benchmarks"), help="runs, shards and figures")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="which rows")
     parser.add_argument("--threads", type=int, default=0, help="of a row; 0 for all cores")
+    parser.add_argument("--seed", type=int, default=0, help="of the trainings; give each seed its own --out")
     parser.add_argument("--images", nargs="*", type=int, default=[], help="ids of the images in the picture")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -296,7 +297,8 @@ def main() -> int:
     for name in args.only:
         measured = args.out / f"{name}.json"
         if not measured.exists():
-            measured.write_text(json.dumps(measure(name, args.data, args.out, args.threads), indent=2) + "\n")
+            figures = measure(name, args.data, args.out, args.threads, args.seed)
+            measured.write_text(json.dumps(figures, indent=2) + "\n")
         rows.append(json.loads(measured.read_text()))
     for group in dict.fromkeys(name.split("-")[0] for name in VARIANTS):
         mine = [row for row in rows if row["name"].startswith(f"{group}-")]
