@@ -128,7 +128,8 @@ class Criterion:
         return {"loss": total, **{name: term.detach() for name, term in terms.items()}}
 
     def _weigh(self, sums: _MaskSums, step: int, prefix: str) -> dict[str, Tensor]:
-        """Sums → weighted means. With mixed labels every instance counts alike, whichever loss it takes."""
+        """Sums → weighted means. With mixed labels every instance counts alike, whichever loss it takes, but for
+        the weights."""
         counts = torch.stack([sums.edges, sums.boxes, sums.masks, sums.shared])
         edges, boxes, masks, shared = _mean_over_ranks(counts).unbind()
         least = 1 / _ranks()  # one instance or edge over all ranks
@@ -141,7 +142,7 @@ class Criterion:
             * (boxes / instances)
             * self.config.pairwise_weight
             * warmup,
-            "dice": sums.dice / instances,
+            "dice": sums.dice / instances * self.config.mask_weight,
         }
         if self.config.teacher_weight:
             terms["imitation"] = sums.imitation / instances * self.config.teacher_weight

@@ -173,6 +173,14 @@ def test_full_supervision_uses_the_dice_alone(model):
     assert float(terms["dice"]) > 0
 
 
+def test_mask_labels_weigh_as_much_as_they_are_told_to(model):
+    data = batch(targets("some"), targets())
+    plain, heavy = (run(model, data, LossConfig(warmup_steps=10, mask_weight=weight)) for weight in (1.0, 3.0))
+    for name in set(plain) - {"loss"}:
+        torch.testing.assert_close(heavy[name], plain[name] * (3 if "dice" in name else 1))
+    torch.testing.assert_close(heavy["loss"], plain["loss"] + 2 * (plain["dice"] + plain["detect_dice"]))
+
+
 def test_warmup_is_a_function_of_the_step(model):
     data = batch(targets())
     full = float(run(model, data, step=9)["pairwise"])
@@ -350,6 +358,7 @@ def test_a_step_of_training_lowers_the_loss():
         ("kernel_size", 4),
         ("dilation", 0),
         ("pairwise_weight", -1),
+        ("mask_weight", -1),
         ("theta", 0),
         ("fill_range", (0.8, 0.2)),
         ("overlap_weight", -1),
