@@ -142,7 +142,7 @@ class LossConfig:
     """Weight of the pairwise colour loss (BoxInst eq. 7). 0 leaves projection alone, which yields boxy masks."""
     mask_weight: float = 1.0
     """Weight of the dice loss on mask labels. Raise it where a few objects have masks and the rest only boxes, so that
-    they are heard; it moves little where all have the same kind of label."""
+    they are heard; where all have masks it scales the whole mask loss, which SGD feels like a higher rate."""
     warmup_steps: int = 10_000
     """Steps over which the pairwise weight grows from 0. 10,000 as published for 90,000 steps; for short schedules
     about a tenth of the steps. Raise it when masks collapse early in training."""
