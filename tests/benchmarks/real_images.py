@@ -30,7 +30,8 @@ SHORT = f"{SHARED} --steps 300 --loss.warmup-steps 30 --ema-decay 0.98 --model.v
 """A quarter of the recipe's steps and views, in which the leads are compared."""
 QUARTER = f"{SHORT} --loss.region-weight 0.25"
 """With a quarter of the weight that the recipe gives the colours of regions, which all of these rows have alike."""
-HEAVY = "--loss.mask-weight 5"
+LIGHT = "--loss.mask-weight 1"
+"""A mask label counts no more than a box."""
 OURS_OFF = "--loss.fill-range 0 1 --loss.region-weight 0"
 """The losses as published."""
 SMALL_NETWORK = (
@@ -76,9 +77,10 @@ VARIANTS = {
     "short-even": Variant("nuclei", "train_even", "recipe, rare types of image repeated", QUARTER),
     "short-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", QUARTER),
     "short-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", QUARTER),
-    "short-masks-5-heavy": Variant("nuclei", "train_5", "masks of 5 %, five times as heavy", f"{QUARTER} {HEAVY}"),
-    "short-masks-20-heavy": Variant("nuclei", "train_20", "masks of 20 %, five times as heavy", f"{QUARTER} {HEAVY}"),
     "short-masks": Variant("nuclei", "train", "all masks", QUARTER),
+    "short-masks-5-light": Variant("nuclei", "train_5", "masks of 5 %, of weight 1", f"{QUARTER} {LIGHT}"),
+    "short-masks-20-light": Variant("nuclei", "train_20", "masks of 20 %, of weight 1", f"{QUARTER} {LIGHT}"),
+    "short-masks-light": Variant("nuclei", "train", "all masks, of weight 1", f"{QUARTER} {LIGHT}"),
     "nuclei-boxes": Variant("nuclei", "train_boxes", "boxes alone", "--recipe nuclei"),
     "nuclei-shared": Variant("nuclei", "train_boxes", "boxes alone, masks may overlap", SHARED),
     "nuclei-region-0": Variant(
@@ -101,10 +103,10 @@ VARIANTS = {
     ),
     "nuclei-masks-5": Variant("nuclei", "train_5", "masks of 5 %, boxes of the rest", "--recipe nuclei"),
     "nuclei-masks-20": Variant("nuclei", "train_20", "masks of 20 %, boxes of the rest", "--recipe nuclei"),
-    "nuclei-masks-20-heavy": Variant(
-        "nuclei", "train_20", "masks of 20 %, five times as heavy", f"--recipe nuclei {HEAVY}"
-    ),
     "nuclei-masks": Variant("nuclei", "train", "all masks, same network and schedule", "--recipe nuclei"),
+    "nuclei-masks-5-light": Variant("nuclei", "train_5", "masks of 5 %, of weight 1", f"--recipe nuclei {LIGHT}"),
+    "nuclei-masks-20-light": Variant("nuclei", "train_20", "masks of 20 %, of weight 1", f"--recipe nuclei {LIGHT}"),
+    "nuclei-masks-light": Variant("nuclei", "train", "all masks, of weight 1", f"--recipe nuclei {LIGHT}"),
     "nuclei-masks-shared": Variant("nuclei", "train", "all masks, which may overlap", SHARED),
     "nuclei-projection": Variant(
         "nuclei",
