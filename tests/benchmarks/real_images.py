@@ -107,7 +107,7 @@ VARIANTS = {
     "nuclei-masks-5-light": Variant("nuclei", "train_5", "masks of 5 %, of weight 1", f"--recipe nuclei {LIGHT}"),
     "nuclei-masks-20-light": Variant("nuclei", "train_20", "masks of 20 %, of weight 1", f"--recipe nuclei {LIGHT}"),
     "nuclei-masks-light": Variant("nuclei", "train", "all masks, of weight 1", f"--recipe nuclei {LIGHT}"),
-    "nuclei-masks-shared": Variant("nuclei", "train", "all masks, which may overlap", SHARED),
+    "nuclei-masks-shared": Variant("nuclei", "train", "all masks, of weight 1, which may overlap", f"{SHARED} {LIGHT}"),
     "nuclei-projection": Variant(
         "nuclei",
         "train_boxes",
