@@ -9,6 +9,7 @@ parameters, h and w cells of a level. Level l has a stride of 2^l pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -122,15 +123,18 @@ class DenseHead(nn.Module):
         def flat(x: Tensor) -> Tensor:
             return x.flatten(2).transpose(1, 2)
 
-        classes, distances, centerness, boxes = [], [], [], []
-        for k, x in enumerate(features):
-            box = self.box_tower(x)
-            classes.append(flat(self.class_logits(self.class_tower(x))))
-            distances.append(flat(F.relu(self.distances(box) * self.scales[k])))
-            centerness.append(flat(self.centerness(box)).squeeze(2))
-            boxes.append(box)
+        def through(parts: Iterable[nn.Module]) -> list[Tensor]:
+            levels = features
+            for part in parts:
+                levels = part.each(levels) if isinstance(part, Conv3x3) else [part(x) for x in levels]
+            return levels
+
+        boxes = through(self.box_tower)
+        classes = through([*self.class_tower, self.class_logits])
+        distances = [flat(F.relu(self.distances(x) * self.scales[k])) for k, x in enumerate(boxes)]
+        centerness = [flat(self.centerness(x)).squeeze(2) for x in boxes]
         return DenseOutputs(
-            torch.cat(classes, 1),
+            torch.cat([flat(x) for x in classes], 1),
             torch.cat(distances, 1),
             torch.cat(centerness, 1),
             Controllers(boxes, self.controller.weight, self.controller.bias),  # type: ignore[arg-type]

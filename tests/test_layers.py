@@ -8,8 +8,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from boxinst import layers
 
-NNPACK = "aten::_nnpack_spatial_convolution"
-
 
 def test_fixed_norm_is_frozen_batch_norm():
     ours, theirs = layers.FixedNorm(6), FrozenBatchNorm2d(6)
@@ -29,16 +27,6 @@ def ran(run) -> set[str]:
     return {event.name for event in profiler.events()}
 
 
-@pytest.fixture
-def one_thread():
-    """Torch with one thread on the CPU."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -57,57 +45,117 @@ def test_pointwise_is_a_convolution(shape, layout, bias, stride):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.skipif(not layers.HAS_NNPACK, reason="no NNPACK for this processor")
+FILTERING = "_Filtering"
+LEVELS = [(25, 21), (13, 9), (7, 5), (3, 2), (1, 1)]
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((ours.detach().double() - exact).abs().max() / exact.abs().max())
+
+
+def results(conv, features, directions) -> list[torch.Tensor]:
+    """What a convolution gives for each of the features, and the gradients of features and parameters."""
+    given = [x.detach().requires_grad_() for x in features]
+    outs = conv.each(given) if isinstance(conv, layers.Conv3x3) else [conv(x) for x in given]
+    gradients = torch.autograd.grad(outs, [*given, *conv.parameters()], [d.to(outs[0].dtype) for d in directions])
+    return [out.detach() for out in outs] + list(gradients)
+
+
+def exact_results(conv, features, directions) -> list[torch.Tensor]:
+    """The same by PyTorch's convolution in float64."""
+    inputs, outputs, bias = conv.in_channels, conv.out_channels, conv.bias is not None
+    reference = torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias, dtype=torch.float64)
+    reference.load_state_dict(conv.state_dict())
+    return results(reference, [x.double() for x in features], directions)
+
+
+@pytest.mark.parametrize("at_once", [None, 3000])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
-    "shape", [(1, 80, 20, 25, 96), (3, 96, 23, 22, 80), (1, 128, 32, 40, 128), (1, 256, 25, 21, 80)]
+    ("n", "inputs", "outputs", "sizes"),
+    [
+        (1, 80, 96, [(20, 25)]),
+        (3, 96, 80, [(23, 22)]),
+        (1, 128, 128, [(32, 40)]),
+        (1, 80, 80, [(4, 161)]),
+        (2, 160, 80, LEVELS),
+    ],
 )
-def test_convolution_for_training_is_a_convolution(shape, layout, bias):
-    n, inputs, h, w, outputs = shape
+def test_convolution_for_training_is_a_convolution(n, inputs, outputs, sizes, layout, bias, at_once, monkeypatch):
+    if at_once:  # few tiles go together, and in the row of 161 cells fewer than it has
+        monkeypatch.setattr(layers, "_AT_ONCE", at_once)
     torch.manual_seed(0)
     conv = layers.Conv3x3(inputs, outputs, bias=bias).to(memory_format=layout)
-    x = torch.randn(n, inputs, h, w).relu().to(memory_format=layout)
-    direction = torch.randn(n, outputs, h, w)
-    reference = torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias, dtype=torch.float64)
-    reference.load_state_dict(conv.state_dict())
-    outs = {}
-    for name, net in (("ours", conv), ("reference", reference)):
-        given = x.to(net.weight.dtype).requires_grad_()
-        out = net(given)
-        outs[name] = [out, *torch.autograd.grad(out, [given, *net.parameters()], direction.to(out.dtype))]
-    for ours, exact in zip(outs["ours"], outs["reference"], strict=True):
-        error = (ours.double() - exact).abs().max() / exact.abs().max()
-        assert error < 3e-5
-    assert NNPACK in ran(lambda: conv(x))
+    features = [torch.randn(n, inputs, *size).relu().to(memory_format=layout) for size in sizes]
+    directions = [torch.randn(n, outputs, *size) for size in sizes]
+    ours, exact = (of(conv, features, directions) for of in (results, exact_results))
+    assert [x.shape for x in ours] == [x.shape for x in exact]
+    assert max(map(relative_error, ours, exact)) < 3e-5
+    assert FILTERING in ran(lambda: conv.each(features))
+    again = results(conv, features, directions)
+    assert all(map(torch.equal, ours, again)), "the same twice"
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.skipif(not layers.HAS_NNPACK, reason="no NNPACK for this processor")
-def test_convolution_of_a_batch_is_that_of_its_images_and_frozen_weights_get_no_gradient():
+def test_rows_of_tiles_are_worked_on_once_each():
+    shapes = [torch.Size((n, 1, h, w)) for n, h, w in [(2, 33, 17), (1, 4, 100), (3, 1, 1), (1, 8, 8)]]
+    for limit in (1, 5, 12, 1000):
+        seen = []
+        for parcel, tiles in layers._strips(shapes, limit):
+            assert tiles == sum(strip.rows * strip.across for strip in parcel)
+            assert tiles <= limit or (len(parcel) == 1 and parcel[0].rows == 1)
+            assert [s.start for s in parcel] == [sum(t.rows * t.across for t in parcel[:k]) for k in range(len(parcel))]
+            seen += [(s.features, s.image, s.first + row) for s in parcel for row in range(s.rows)]
+        rows = [-(-shape[2] // 4) for shape in shapes]
+        assert seen == [
+            (k, n, row) for k, shape in enumerate(shapes) for n in range(shape[0]) for row in range(rows[k])
+        ]
+
+
+def test_convolution_of_a_batch_and_of_levels_is_that_of_each():
     torch.manual_seed(0)
     conv = layers.Conv3x3(80, 80)
-    x = torch.randn(3, 80, 23, 22, requires_grad=True)
-    together = conv(x)
-    torch.testing.assert_close(together, torch.cat([conv(image[None]) for image in x]), rtol=0, atol=0)
-    torch.testing.assert_close(together, conv(x), rtol=0, atol=0)
-    (expected,) = torch.autograd.grad(together.square().sum(), x)
+    images = [torch.randn(3, 80, 23, 22), torch.randn(3, 80, 20, 30)]
+    together = conv.each(images)
+    for batch, outs in zip(images, together, strict=True):
+        torch.testing.assert_close(torch.cat([conv(image[None]) for image in batch]), outs, rtol=0, atol=2e-5)
+    turned = conv.each([batch.flip(0) for batch in images[::-1]])
+    for outs, expected in zip(turned[::-1], together, strict=True):
+        torch.testing.assert_close(outs.flip(0), expected, rtol=0, atol=2e-5)
+
+
+def test_what_is_frozen_gets_no_gradient_and_the_rest_gets_the_same():
+    torch.manual_seed(0)
+    conv = layers.Conv3x3(80, 80)
+    features = [torch.randn(1, 80, 23, 22), torch.randn(1, 80, 12, 11)]
+    directions = [torch.randn_like(x) for x in features]
+    of_first, _, of_weight, of_bias = results(conv, features, directions)[2:]
+    features[0].requires_grad_()
+    torch.autograd.backward(conv.each(features), directions)
+    assert features[1].grad is None
+    for found, expected in ((features[0].grad, of_first), (conv.weight.grad, of_weight), (conv.bias.grad, of_bias)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    first = features[0].grad
+    conv.zero_grad()
     conv.requires_grad_(False)
-    conv(x).square().sum().backward()
-    torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)
-    assert conv.weight.grad is None
+    features[0].grad = None
+    torch.autograd.backward(conv.each(features), directions)
+    torch.testing.assert_close(features[0].grad, first, rtol=0, atol=0)
+    conv.requires_grad_(True)
+    torch.autograd.backward(conv.each([x.detach() for x in features]), directions)
+    torch.testing.assert_close(conv.weight.grad, of_weight, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_only_training_takes_the_coarser_rounding():
     conv = layers.Conv3x3(80, 80)
     plain = torch.nn.Conv2d(80, 80, 3, padding=1)
     plain.load_state_dict(conv.state_dict())
     x = torch.randn(1, 80, 23, 22)
+    assert FILTERING in ran(lambda: conv(x))
 
     def same(given=x) -> bool:
-        assert NNPACK not in ran(lambda: conv(given))
+        assert FILTERING not in ran(lambda: conv(given))
         return torch.equal(conv(given), plain(given))
 
     with torch.no_grad():
@@ -115,19 +163,22 @@ def test_only_training_takes_the_coarser_rounding():
     conv.eval()
     assert same(), "not in training, though gradients are on"
     conv.train()
-    assert same(x[..., :21]), "few pixels"
+    assert same(x[..., :12]), "few cells"
     assert same(x[:0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same()
-    torch.set_num_threads(2)
-    assert same()
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_pointwise_of_one_thread_takes_the_fast_library():
-    x = torch.randn(2, 16, 24, 24).to(memory_format=torch.channels_last)
-    conv = layers.Pointwise(16, 8, 1).to(memory_format=torch.channels_last)
-    names = ran(lambda: conv(x))
-    assert "aten::mkldnn_convolution" in names
-    assert not names & {"aten::copy_", "aten::clone"}, "the rows are a view"
-    assert conv(x).is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pointwise_is_one_product_of_matrices(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(2, 16, 24, 24).to(memory_format=torch.channels_last)
+        conv = layers.Pointwise(16, 8, 1, bias=False).to(memory_format=torch.channels_last)
+        names = ran(lambda: conv(x))
+        assert "aten::mm" in names
+        assert not names & {"aten::copy_", "aten::clone"}, "the pixels are a view"
+        assert conv(x).is_contiguous(memory_format=torch.channels_last)
+    finally:
+        torch.set_num_threads(before)
