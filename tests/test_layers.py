@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torchvision.ops import FrozenBatchNorm2d
@@ -102,7 +104,10 @@ def test_rows_of_tiles_are_worked_on_once_each():
     shapes = [torch.Size((n, 1, h, w)) for n, h, w in [(2, 33, 17), (1, 4, 100), (3, 1, 1), (1, 8, 8)]]
     for limit in (1, 5, 12, 1000):
         seen = []
-        for parcel, tiles in layers._strips(shapes, limit):
+        parcels = list(layers._strips(shapes, limit))
+        for (_, tiles), (following, _) in itertools.pairwise(parcels):
+            assert tiles + following[0].across > limit, "no parcel has room for the next row"
+        for parcel, tiles in parcels:
             assert tiles == sum(strip.rows * strip.across for strip in parcel)
             assert tiles <= limit or (len(parcel) == 1 and parcel[0].rows == 1)
             assert [s.start for s in parcel] == [sum(t.rows * t.across for t in parcel[:k]) for k in range(len(parcel))]
