@@ -136,6 +136,17 @@ def _strips(shapes: list[torch.Size], limit: int) -> Iterator[tuple[list[_Strip]
         yield parcel, count
 
 
+def _parcels(weight: Tensor, features: Sequence[Tensor]) -> Iterator[tuple[list[_Strip], list[Tensor]]]:
+    """The strips of features, parcel by parcel, each with room for its cells [6, 6, T, C], the same transformed
+    [36, T, C], the products [36, T, K] and the tiles [4, 4, T, K]."""
+    k, c = weight.shape[:2]
+    room: list[Tensor] = []
+    for parcel, t in _strips([x.shape for x in features], _AT_ONCE // max(c, k)):
+        if not room or room[0].shape[2] != t:
+            room = [weight.new_empty(size) for size in ((6, 6, t, c), (36, t, c), (36, t, k), (4, 4, t, k))]
+        yield parcel, room
+
+
 def _framed(x: Tensor) -> Tensor:
     """[N, C, h, w] → [N, 4 down + 2, 4 across + 2, C]: whole tiles, with a frame of one cell of zeros."""
     down, across = _tiles(x.shape)
@@ -159,14 +170,9 @@ class _Filtering(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, *features: Tensor) -> tuple[Tensor, ...]:
-        k, c = weight.shape[:2]
         filters, framed = _filters(weight).transpose(1, 2), [_framed(x) for x in features]
-        out = [x.new_empty(len(x), *(4 * count for count in _tiles(x.shape)), k) for x in features]
-        room: tuple[Tensor, ...] = ()
-        for parcel, t in _strips([x.shape for x in features], _AT_ONCE // max(c, k)):
-            if not room or room[0].shape[2] != t:
-                room = tuple(weight.new_empty(size) for size in ((6, 6, t, c), (36, t, c), (36, t, k), (4, 4, t, k)))
-            cells, transformed, products, tiles = room
+        out = [x.new_empty(len(x), *(4 * count for count in _tiles(x.shape)), len(weight)) for x in features]
+        for parcel, (cells, transformed, products, tiles) in _parcels(weight, features):
             for strip in parcel:
                 strip.of(cells).copy_(strip.cells(framed[strip.features]))
             torch.mm(_OF_CELLS, cells.view(36, -1), out=transformed.view(36, -1))
@@ -200,11 +206,7 @@ class _Filtering(torch.autograd.Function):
             whole.append(F.pad(pixels, missing) if any(missing) else pixels)
             # With the frame of one cell, and two more: a tile's 6×6 cells reach two into its neighbours.
             of_features.append(x.new_zeros(len(x), down + 1, 4, across + 1, 4, c))
-        room: tuple[Tensor, ...] = ()
-        for parcel, t in _strips([x.shape for x in features], _AT_ONCE // max(c, k)):
-            if not room or room[0].shape[2] != t:
-                room = tuple(weight.new_empty(size) for size in ((6, 6, t, c), (36, t, c), (36, t, k), (4, 4, t, k)))
-            cells, transformed, products, tiles = room
+        for parcel, (cells, transformed, products, tiles) in _parcels(weight, features):
             for strip in parcel:
                 strip.of(tiles).copy_(strip.blocks(whole[strip.features]))
             torch.mm(_OF_PRODUCTS.T, tiles.view(16, -1), out=products.view(36, -1))
