@@ -30,8 +30,7 @@ class FixedNorm(FrozenBatchNorm2d):
 class Pointwise(nn.Conv2d):
     """A 1×1 convolution that a CPU computes as the product of matrices that it is, to the same values.
 
-    With the channels last in memory the pixels are the rows of a matrix as they lie. PyTorch's convolution copies, and
-    takes several times as long for some gradients where there is more than one thread.
+    With the channels last in memory the pixels are the rows of that matrix as they lie.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,12 +123,10 @@ def _strips(shapes: list[torch.Size], limit: int) -> Iterator[tuple[list[_Strip]
         for image in range(shape[0]):
             first = 0
             while first < down:
-                rows = min((limit - count) // across, down - first)
-                if rows < 1 and parcel:
+                if parcel and count + across > limit:
                     yield parcel, count
                     parcel, count = [], 0
-                    continue
-                rows = max(rows, 1)
+                rows = min(max((limit - count) // across, 1), down - first)
                 parcel.append(_Strip(k, image, first, rows, across, count))
                 first, count = first + rows, count + rows * across
     if parcel:
@@ -193,11 +190,9 @@ class _Filtering(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *features = ctx.saved_tensors
-        for_weight, for_bias, *for_features = ctx.needs_input_grad
-        k, c = weight.shape[:2]
-        of_bias = torch.stack([g.sum((0, 2, 3)) for g in gradients]).sum(0) if for_bias else None
-        filters = _filters(weight) if any(for_features) else None
-        of_filters, framed = (weight.new_zeros(36, k, c), [_framed(x) for x in features]) if for_weight else (None, [])
+        has_bias = ctx.needs_input_grad[1]
+        filters, framed = _filters(weight), [_framed(x) for x in features]
+        of_filters = torch.zeros_like(filters)
         whole, of_features = [], []
         for x, gradient in zip(features, gradients, strict=True):
             down, across = _tiles(x.shape)
@@ -205,38 +200,33 @@ class _Filtering(torch.autograd.Function):
             pixels = gradient.permute(0, 2, 3, 1)
             whole.append(F.pad(pixels, missing) if any(missing) else pixels)
             # With the frame of one cell, and two more: a tile's 6×6 cells reach two into its neighbours.
-            of_features.append(x.new_zeros(len(x), down + 1, 4, across + 1, 4, c))
+            of_features.append(x.new_zeros(len(x), down + 1, 4, across + 1, 4, x.shape[1]))
         for parcel, (cells, transformed, products, tiles) in _parcels(weight, features):
             for strip in parcel:
                 strip.of(tiles).copy_(strip.blocks(whole[strip.features]))
             torch.mm(_OF_PRODUCTS.T, tiles.view(16, -1), out=products.view(36, -1))
-            if of_filters is not None:
-                for strip in parcel:
-                    strip.of(cells).copy_(strip.cells(framed[strip.features]))
-                torch.mm(_OF_CELLS, cells.view(36, -1), out=transformed.view(36, -1))
-                of_filters.baddbmm_(products.transpose(1, 2), transformed)
-            if filters is not None:
-                torch.bmm(products, filters, out=transformed)
-                torch.mm(_OF_CELLS.T, transformed.view(36, -1), out=cells.view(36, -1))
-                for strip in parcel:
-                    strip.add(strip.of(cells), of_features[strip.features])
+            for strip in parcel:
+                strip.of(cells).copy_(strip.cells(framed[strip.features]))
+            torch.mm(_OF_CELLS, cells.view(36, -1), out=transformed.view(36, -1))
+            of_filters.baddbmm_(products.transpose(1, 2), transformed)
+            torch.bmm(products, filters, out=transformed)
+            torch.mm(_OF_CELLS.T, transformed.view(36, -1), out=cells.view(36, -1))
+            for strip in parcel:
+                strip.add(strip.of(cells), of_features[strip.features])
         unframed = (
             y.flatten(3, 4).flatten(1, 2)[:, 1 : x.shape[2] + 1, 1 : x.shape[3] + 1].permute(0, 3, 1, 2)
             for x, y in zip(features, of_features, strict=True)
         )
-        return (
-            None if of_filters is None else (of_filters.view(36, -1).T @ _OF_WEIGHTS).view_as(weight),
-            of_bias,
-            *(y if wanted else None for y, wanted in zip(unframed, for_features, strict=True)),
-        )
+        of_weight = (of_filters.flatten(1).T @ _OF_WEIGHTS).view_as(weight)
+        of_bias = torch.stack([g.sum((0, 2, 3)) for g in gradients]).sum(0) if has_bias else None
+        return of_weight, of_bias, *unframed
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution of stride 1, which a CPU trains about twice as fast where there are many channels and cells:
-    by minimal filtering, which multiplies a quarter as often.
+    """A 3×3 convolution of stride 1, which a CPU trains by minimal filtering where there are many channels and cells:
+    that multiplies a quarter as often.
 
-    Its rounding is coarser, some 1e-5 of the largest value. So nothing but training takes it: a trained network gives
-    the same numbers on every machine.
+    Its rounding is coarser, some 1e-5 of the largest value. So nothing but training takes it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
